@@ -1,0 +1,66 @@
+"""API keys at the door: ``Authorization: Bearer lth_…`` → the key's id and scopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from sqlalchemy.orm import Session, sessionmaker
+
+from app import keys
+from app.deps import ServiceDep
+from app.errors import Forbidden, Unauthenticated
+
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="apiKey", description="An API key, `lth_…`. Each operation names the scope it needs."
+)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: what audit entries name as actor, and what they may do."""
+
+    key_id: str
+    scopes: frozenset[str]
+
+    def require(self, scope: str) -> None:
+        """Raises Forbidden."""
+        if scope not in self.scopes:
+            raise Forbidden(f"this needs an API key with the scope '{scope}'", scope=scope)
+
+
+def authorize(
+    required: SecurityScopes,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    service: ServiceDep,
+) -> Caller:
+    """The caller behind the presented key. Raises Unauthenticated, Forbidden."""
+    if credentials is None:
+        raise Unauthenticated("send an API key as 'Authorization: Bearer lth_…'")
+    with service.sessions() as session:
+        key = keys.authenticate(session, credentials.credentials)
+    caller = Caller(key.id, frozenset(key.scopes))
+    for scope in required.scopes:
+        caller.require(scope)
+    return caller
+
+
+RequestsCaller = Annotated[Caller, Security(authorize, scopes=["requests"])]
+ClassifyCaller = Annotated[Caller, Security(authorize, scopes=["classify"])]
+AdminCaller = Annotated[Caller, Security(authorize, scopes=["admin"])]
+
+
+def create_first_key(sessions: sessionmaker[Session]) -> str | None:
+    """The plaintext of a new key with every scope when the database has no key at all, else None."""
+    with sessions() as session:
+        if keys.list_keys(session):
+            return None
+        _, plaintext = keys.create_key(session, name="first-key", scopes=keys.SCOPES, actor="system")
+        # Creating a key takes the audit lock, so of two first starts the second sees the first one's key here.
+        if len(keys.list_keys(session)) > 1:
+            session.rollback()
+            return None
+        session.commit()
+    return plaintext

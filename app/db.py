@@ -1,0 +1,136 @@
+"""Engines, sessions and migrations, for SQLite (embedded) and PostgreSQL.
+
+Both databases behave alike: a read sees what is committed when its statement starts, and a write waits for its turn.
+On SQLite that is the driver's own transaction control with ``isolation_level="IMMEDIATE"``: a SELECT outside a write
+takes no lock, the first INSERT/UPDATE/DELETE issues BEGIN IMMEDIATE. A transaction never has to turn a read lock
+into a write lock, which is the case that SQLite answers with "database is locked" without waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.errors import NotReady
+
+MIGRATIONS = Path(__file__).resolve().parent.parent / "alembic"
+BUSY_SECONDS = 30.0
+_MIGRATION_LOCK = 0x1E7E0001  # PostgreSQL advisory lock
+
+
+def make_engine(url: str) -> Engine:
+    """An engine for a ``sqlite:///`` or ``postgresql://`` URL. Raises ValueError for another database."""
+    parsed = make_url(url)
+    backend = parsed.get_backend_name()
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    # hide_parameters: a failing statement would otherwise put its values into the exception's message.
+    options: dict[str, Any] = {"hide_parameters": True}
+    if backend in ("postgresql", "postgres"):
+        return create_engine(parsed, pool_pre_ping=True, **options)
+    if backend != "sqlite":
+        raise ValueError(f"unsupported database {backend!r}: use sqlite or postgresql")
+    if parsed.database and parsed.database != ":memory:":
+        path = Path(parsed.database)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # SQLite gives its -wal and -shm files the same mode
+    engine = create_engine(parsed, connect_args={"isolation_level": "IMMEDIATE", "timeout": BUSY_SECONDS}, **options)
+    event.listen(engine, "connect", _sqlite_pragmas)
+    return engine
+
+
+def _sqlite_pragmas(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {pragma}").fetchall()
+    cursor.close()
+
+
+def make_sessions(engine: Engine) -> sessionmaker[Session]:
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def begin_write(session: Session) -> None:
+    """SQLite: take the write lock now, so that what is read next is still true when it is written.
+
+    PostgreSQL has row locks (``with_for_update``) for that, so nothing happens there.
+    """
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def migrating(url: str) -> Iterator[Connection]:
+    """A connection in a transaction of its own that holds the migration lock, so that two starts cannot collide."""
+    engine = make_engine(url)
+    try:
+        with engine.connect() as connection:
+            if engine.dialect.name == "sqlite":
+                # Batch migrations drop and rename tables; with foreign keys on, the drop would cascade to the rows
+                # of others. The pragma is ignored inside a transaction, and this engine serves nothing else.
+                connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+            yield connection
+            if engine.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
+                raise RuntimeError("the migration left rows that point to nothing; it was rolled back")
+            connection.commit()
+    finally:
+        engine.dispose()
+
+
+def _config() -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    # set_main_option would read a % in the path as an interpolation
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    return config
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Migrate up. Safe when two processes start at once: the second waits, then finds nothing to do."""
+    from alembic import command
+
+    config = _config()
+    with migrating(url) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Migrate down to ``revision`` ("base" drops everything)."""
+    from alembic import command
+
+    config = _config()
+    with migrating(url) as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+
+
+def check_schema(engine: Engine) -> None:
+    """Raises NotReady when the database cannot be reached or is not at the newest migration."""
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    wanted = set(ScriptDirectory.from_config(_config()).get_heads())
+    try:
+        with engine.connect() as connection:
+            present = set(MigrationContext.configure(connection).get_current_heads())
+    except OperationalError as error:
+        raise NotReady("the database cannot be reached") from error
+    if present != wanted:
+        raise NotReady(
+            f"the database schema is at {', '.join(sorted(present)) or 'nothing'}, "
+            f"this version needs {', '.join(sorted(wanted))}: run `alembic upgrade head`"
+        )

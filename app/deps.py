@@ -1,0 +1,66 @@
+"""What routes are given: the parts of the running service, as ``Annotated`` dependencies.
+
+No dependency hands out an open session. A route opens its own, so that its transaction is committed (or rolled back)
+before the response is made; code behind a dependency's ``yield`` runs after the response was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from celery import Celery
+from fastapi import Depends, Path, Query, Request
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.errors import NotFound
+from app.serving import Serving
+from app.settings import Settings
+from app.vault import Vault
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything that lives from start to shutdown."""
+
+    settings: Settings
+    engine: Engine
+    sessions: sessionmaker[Session]
+    vault: Vault
+    celery: Celery
+    serving: Serving
+    stopping: asyncio.Event  # set when the server begins to shut down: event streams end
+
+
+def get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]
+
+_ID = re.compile(r"[a-z]{3}_[0-9a-f]{28}")
+
+
+def _known_form(resource_id: str) -> str:
+    # PostgreSQL refuses a NUL in a parameter, so nothing but an id's own form reaches the database.
+    if not _ID.fullmatch(resource_id):
+        raise NotFound("there is nothing with this id")
+    return resource_id
+
+
+def _request_id(request_id: Annotated[str, Path(examples=["req_019aa5b0c2d41f2e3d4c5b6a7988"])]) -> str:
+    return _known_form(request_id)
+
+
+def _prompt_id(prompt_id: Annotated[str, Path(examples=["prm_019aa5b0c2d41f2e3d4c5b6a7988"])]) -> str:
+    return _known_form(prompt_id)
+
+
+RequestId = Annotated[str, Depends(_request_id)]
+PromptId = Annotated[str, Depends(_prompt_id)]
+Limit = Annotated[int, Query(ge=1, le=200, description="Items per page.")]
+Cursor = Annotated[str | None, Query(max_length=40, description="`next_cursor` of the page before.")]

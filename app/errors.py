@@ -1,0 +1,81 @@
+"""Typed exceptions of the service. ``app.main`` maps them, once, to RFC 9457 problem responses.
+
+Messages name fields, limits and ids. They never carry a forget text, a classified text, a key or a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class LetheonError(Exception):
+    """Base of every error a client may see: an HTTP status, a stable ``code`` and a safe ``detail``."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra  # further members of the problem object; JSON-serialisable, no texts
+
+
+class InvalidInput(LetheonError):
+    status, code, title = 422, "invalid-input", "The request is not valid"
+
+
+class BodyTooLarge(LetheonError):
+    status, code, title = 413, "body-too-large", "The request body is too large"
+
+
+class MalformedBody(LetheonError):
+    status, code, title = 400, "malformed-body", "The request body is not valid UTF-8 JSON"
+
+
+class Unauthenticated(LetheonError):
+    status, code, title = 401, "unauthenticated", "A valid API key is required"
+
+
+class Forbidden(LetheonError):
+    status, code, title = 403, "forbidden", "The API key lacks a scope"
+
+
+class NotFound(LetheonError):
+    status, code, title = 404, "not-found", "No such resource"
+
+
+class Conflict(LetheonError):
+    """The resource is in a state that does not allow this."""
+
+    status, code, title = 409, "conflict", "The resource's state does not allow this"
+
+
+class Overloaded(LetheonError):
+    """Bounded queue full; ``extra['retry_after']`` seconds becomes the Retry-After header."""
+
+    status, code, title = 503, "overloaded", "The server is at capacity"
+
+
+class NotReady(LetheonError):
+    """Fail closed: the active set cannot be confirmed or a prompt does not load. Never serve unprompted."""
+
+    status, code, title = 503, "not-ready", "The active set cannot be confirmed"
+
+
+class VaultError(LetheonError):
+    """A sealed value cannot be opened: wrong master key, shredded key, or altered data."""
+
+    status, code, title = 500, "vault", "Sealed data cannot be opened"
+
+
+class LeaseLost(LetheonError):
+    """The caller no longer holds the request (lease expired, another attempt runs, or it ended)."""
+
+    status, code, title = 409, "lease-lost", "The training lease was lost"
+
+
+class StaleActiveSet(LetheonError):
+    """The active set changed since the prompt was checked; check again, then activate."""
+
+    status, code, title = 409, "stale-active-set", "The active set has changed"

@@ -1,0 +1,327 @@
+"""The life of an erasure request: its states, the transitions between them, and what each one leaves behind.
+
+Every function takes a session and never commits. A transition is one row change, one event and one audit entry in the
+caller's transaction; the forget texts, their checkpoint and the key that opens both go when the request ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from app import audit, db
+from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
+from app.tables import (
+    RUNNING,
+    Checkpoint,
+    ForgetDigest,
+    RequestEvent,
+    RequestState,
+    UnlearnRequest,
+    new_id,
+    utcnow,
+)
+from app.vault import Vault
+
+TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.PENDING: frozenset({RequestState.TRAINING, RequestState.CANCELLED, RequestState.FAILED}),
+    RequestState.TRAINING: frozenset(
+        {
+            RequestState.TRAINING,  # another worker takes over after the lease expired
+            RequestState.EVALUATING,
+            RequestState.PENDING,
+            RequestState.FAILED,
+            RequestState.CANCELLED,
+        }
+    ),
+    RequestState.EVALUATING: frozenset(
+        {
+            RequestState.TRAINING,  # taken over: the checks start again from the checkpoint
+            RequestState.ACTIVE,
+            RequestState.PENDING,
+            RequestState.FAILED,
+            RequestState.CANCELLED,
+        }
+    ),
+    RequestState.ACTIVE: frozenset({RequestState.REVOKED}),
+    RequestState.REVOKED: frozenset(),
+    RequestState.FAILED: frozenset(),
+    RequestState.CANCELLED: frozenset(),
+}
+ENDS_TRAINING = frozenset({RequestState.ACTIVE, RequestState.FAILED, RequestState.CANCELLED})
+"""Reaching one of these destroys the forget texts."""
+
+
+class CancelRequested(Conflict):
+    """The client cancelled before activation; the holder has to call ``finish_cancelled``."""
+
+
+@dataclass(frozen=True)
+class ForgetText:
+    """One text to forget and, if the client knows it, the label the model gives it."""
+
+    text: str
+    label: str | None = None
+
+    def __repr__(self) -> str:  # a forget text must not reach a log through a repr
+        return "ForgetText(…)"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's hold on a request. ``owner`` is unique to the claim, so no earlier holder can pass for it."""
+
+    request_id: str
+    attempt: int
+    owner: str
+
+
+def create_request(
+    session: Session,
+    vault: Vault,
+    *,
+    texts: Sequence[ForgetText],
+    reason: str | None,
+    options: dict[str, Any],
+    fingerprint: str,
+    api_key_id: str | None,
+    now: datetime | None = None,
+) -> UnlearnRequest:
+    """Store a pending request with its texts sealed under a key of its own. Raises InvalidInput when there are none."""
+    if not texts:
+        raise InvalidInput("a request needs at least one forget text")
+    now = now or utcnow()
+    request_id = new_id("req")
+    wrapped = vault.new_key()
+    payload = json.dumps([[item.text, item.label] for item in texts], separators=(",", ":"))
+    request = UnlearnRequest(
+        id=request_id,
+        state=RequestState.PENDING,
+        api_key_id=api_key_id,
+        created_at=now,
+        updated_at=now,
+        num_texts=len(texts),
+        reason=reason,
+        options=options,
+        fingerprint=fingerprint,
+        wrapped_key=wrapped,
+        sealed_texts=vault.seal(wrapped, payload.encode(), aad=texts_aad(request_id)),
+        attempt=0,
+        cancel_requested=False,
+    )
+    session.add(request)
+    session.flush()  # there is no ORM relationship to order the inserts, so the parent goes first
+    digests = {vault.digest(item.text) for item in texts}
+    session.add_all(ForgetDigest(request_id=request_id, digest=digest) for digest in sorted(digests))
+    record_state(session, request, before=None, actor=api_key_id or "system", detail={"num_texts": len(texts)}, now=now)
+    return request
+
+
+def get_request(session: Session, request_id: str) -> UnlearnRequest:
+    """Raises NotFound."""
+    request = session.get(UnlearnRequest, request_id, populate_existing=True)
+    if request is None:
+        raise NotFound("no such unlearn request")
+    return request
+
+
+def list_requests(
+    session: Session, *, limit: int, cursor: str | None = None, state: str | None = None
+) -> tuple[list[UnlearnRequest], str | None]:
+    """One page, newest first, and the cursor of the next. Raises InvalidInput for an unknown state or cursor."""
+    query = select(UnlearnRequest).order_by(UnlearnRequest.id.desc()).limit(limit + 1)
+    if state is not None:
+        if state not in list(RequestState):
+            raise InvalidInput("state is not one of " + ", ".join(RequestState), field="state")
+        query = query.where(UnlearnRequest.state == state)
+    if cursor is not None:
+        check_cursor(cursor, "req_")
+        query = query.where(UnlearnRequest.id < cursor)
+    rows = list(session.scalars(query))
+    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
+
+
+def list_events(session: Session, request_id: str, *, after: int = 0, limit: int = 500) -> list[RequestEvent]:
+    """Events with an id above ``after``, oldest first; empty for an unknown request."""
+    query = (
+        select(RequestEvent)
+        .where(RequestEvent.request_id == request_id, RequestEvent.id > after)
+        .order_by(RequestEvent.id)
+        .limit(limit)
+    )
+    return list(session.scalars(query))
+
+
+def request_cancel(session: Session, request_id: str, *, actor: str) -> UnlearnRequest:
+    """Cancel a waiting request at once; ask the worker to stop a running one. Raises NotFound, Conflict."""
+    request = lock_request(session, request_id)
+    state = RequestState(request.state)
+    if state == RequestState.PENDING:
+        move(session, request, RequestState.CANCELLED, actor=actor)
+    elif state in RUNNING:
+        if not request.cancel_requested:
+            request.cancel_requested = True
+            request.updated_at = utcnow()
+            audit.append(session, actor=actor, action="request.cancel_requested", subject=request.id, detail={})
+    elif state == RequestState.ACTIVE:
+        raise Conflict("the request is active; revoke its prompt instead", state=state.value)
+    else:
+        raise Conflict(f"the request has already ended as {state.value}", state=state.value)
+    return request
+
+
+def start_evaluating(session: Session, claim: Claim) -> None:
+    """Training is done, the checks begin. Raises LeaseLost."""
+    move(session, hold(session, claim), RequestState.EVALUATING, actor=claim.owner, detail={"attempt": claim.attempt})
+
+
+def fail(session: Session, claim: Claim, *, code: str, detail: str, metrics: dict[str, Any] | None = None) -> None:
+    """End the request with a stated failure; ``detail`` must hold no text. Raises LeaseLost."""
+    end_failed(session, hold(session, claim), actor=claim.owner, code=code, detail=detail, metrics=metrics)
+
+
+def finish_cancelled(session: Session, claim: Claim) -> None:
+    """The worker stopped because the client asked for it. Raises LeaseLost."""
+    move(session, hold(session, claim), RequestState.CANCELLED, actor=claim.owner)
+
+
+def release(session: Session, claim: Claim) -> None:
+    """Hand the request back at a cooperative shutdown: checkpoint kept, attempt not counted. Raises LeaseLost.
+
+    A cancellation that arrived meanwhile is honoured instead.
+    """
+    request = hold(session, claim)
+    if request.cancel_requested:
+        move(session, request, RequestState.CANCELLED, actor=claim.owner)
+        return
+    request.attempt -= 1  # the claim's unique owner fences off the old holder, so the number may be used again
+    request.rung_at = None
+    move(session, request, RequestState.PENDING, actor=claim.owner, detail={"why": "released"})
+
+
+# --- what the other floor modules build on -------------------------------------------------------------------------
+
+
+def lock_request(session: Session, request_id: str) -> UnlearnRequest:
+    """The request as it is now, locked until the transaction ends. Raises NotFound."""
+    db.begin_write(session)
+    query = select(UnlearnRequest).where(UnlearnRequest.id == request_id).with_for_update()
+    request = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+    if request is None:
+        raise NotFound("no such unlearn request")
+    return request
+
+
+def hold(session: Session, claim: Claim) -> UnlearnRequest:
+    """The claimed request, locked until the transaction ends. Raises LeaseLost when the claim no longer holds.
+
+    An expired lease that nobody took still holds: what counts is that no one else can have written since, and the
+    attempt, the unique owner and the state say so under the row lock.
+    """
+    request_id = session.scalar(
+        update(UnlearnRequest)
+        .where(*held_by(claim))
+        .values(updated_at=utcnow())
+        .returning(UnlearnRequest.id)
+        .execution_options(synchronize_session=False)
+    )
+    if request_id is None:
+        raise LeaseLost("the request is no longer held by this attempt", request_id=claim.request_id)
+    return get_request(session, request_id)
+
+
+def held_by(claim: Claim) -> tuple[Any, ...]:
+    """The fence: WHERE conditions that every write of a worker carries."""
+    return (
+        UnlearnRequest.id == claim.request_id,
+        UnlearnRequest.attempt == claim.attempt,
+        UnlearnRequest.lease_owner == claim.owner,
+        UnlearnRequest.state.in_(RUNNING),
+    )
+
+
+def move(
+    session: Session,
+    request: UnlearnRequest,
+    to: RequestState,
+    *,
+    actor: str,
+    detail: dict[str, Any] | None = None,
+    now: datetime | None = None,
+) -> None:
+    """Apply one transition to a locked request. Raises Conflict when TRANSITIONS does not allow it."""
+    before = RequestState(request.state)
+    if to not in TRANSITIONS[before]:
+        raise Conflict(f"a request that is {before.value} cannot become {to.value}", state=before.value)
+    now = now or utcnow()
+    request.state = to
+    request.updated_at = now
+    if to not in RUNNING:
+        request.lease_owner = request.lease_expires_at = None
+    if to in ENDS_TRAINING:
+        request.finished_at = now
+        shred(session, request)
+    record_state(session, request, before=before, actor=actor, detail=detail or {}, now=now)
+
+
+def record_state(
+    session: Session,
+    request: UnlearnRequest,
+    *,
+    before: RequestState | None,
+    actor: str,
+    detail: dict[str, Any],
+    now: datetime,
+) -> None:
+    """The event and the audit entry of a transition that the row already shows."""
+    state = RequestState(request.state).value
+    session.add(RequestEvent(request_id=request.id, at=now, type="state", data={"state": state, **detail}))
+    audit.append(
+        session,
+        actor=actor,
+        action=f"request.{state}" if before else "request.created",
+        subject=request.id,
+        detail={"from": before.value if before else None, "to": state, **detail},
+    )
+
+
+def end_failed(
+    session: Session,
+    request: UnlearnRequest,
+    *,
+    actor: str,
+    code: str,
+    detail: str,
+    metrics: dict[str, Any] | None = None,
+    now: datetime | None = None,
+) -> None:
+    """Fail a locked request."""
+    request.failure = {"code": code, "detail": detail}
+    if metrics is not None:
+        request.metrics = metrics
+    move(session, request, RequestState.FAILED, actor=actor, detail={"code": code}, now=now)
+
+
+def shred(session: Session, request: UnlearnRequest) -> None:
+    """Destroy the forget texts: without the wrapped key, whatever copy of the sealed bytes is left stays sealed."""
+    request.wrapped_key = None
+    request.sealed_texts = None
+    session.execute(
+        delete(Checkpoint).where(Checkpoint.request_id == request.id),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def texts_aad(request_id: str) -> str:
+    return f"{request_id}:texts"
+
+
+def check_cursor(cursor: str, prefix: str) -> None:
+    if not cursor.startswith(prefix) or len(cursor) > 40 or not cursor.isascii() or not cursor.isprintable():
+        raise InvalidInput("the cursor is not one that this server gave out", field="cursor")

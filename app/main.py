@@ -1,0 +1,132 @@
+"""The HTTP application: what starts, what stops, and which routes there are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse
+
+from app import db, problems
+from app.auth import create_first_key
+from app.broker import make_celery
+from app.deps import Service
+from app.errors import LetheonError
+from app.middleware import BodyLimit, RequestContext
+from app.routes import admin, classify, health, unlearn_requests
+from app.serving import Serving, load_llm
+from app.settings import Settings
+from app.vault import Vault
+from models.errors import ModelError
+from models.llm import FrozenLLM
+
+DESCRIPTION = (
+    "Makes a deployed LLM text classifier suppress, at inference time, what it was asked to forget. "
+    "No weight changes: the frozen weights still hold the data, and revoking a prompt brings the old behaviour back."
+)
+
+
+class ModelFailed(LetheonError):
+    """The ML core refused; its messages are safe to show."""
+
+    status, code, title = 500, "model", "The model cannot do this"
+
+
+class LetheonAPI(FastAPI):
+    """FastAPI, with the problem object in the OpenAPI document."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        models = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= {**models.pop("$defs"), "Problem": models}
+        return schema
+
+
+def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
+    """The application. ``llm`` saves loading a model twice where one process holds several apps.
+
+    Its start raises NotReady (schema not migrated, on PostgreSQL), VaultError and ModelError.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # The server's own access log has query strings; ours does not.
+        logging.getLogger("uvicorn.access").disabled = True
+        with ExitStack() as stack:
+            app.state.service = service = _start(settings, llm, stack)
+            try:
+                yield
+            finally:
+                service.stopping.set()
+
+    app = LetheonAPI(
+        title="Letheon",
+        description=DESCRIPTION,
+        version="0.1.0",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    problems.install(app)
+    app.add_exception_handler(ModelError, _model_error)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)  # added last, so outermost
+    for module in (unlearn_requests, classify, admin, health):
+        app.include_router(module.router)
+    return app
+
+
+def _start(settings: Settings, llm: FrozenLLM | None, stack: ExitStack) -> Service:
+    url = settings.effective_database_url
+    if url.startswith("sqlite"):
+        db.upgrade(url)
+    engine = db.make_engine(url)
+    stack.callback(engine.dispose)
+    db.check_schema(engine)
+    sessions = db.make_sessions(engine)
+    vault = Vault.from_settings(settings)
+    celery = make_celery(settings)
+    stack.callback(celery.close)
+    serving = Serving(llm if llm is not None else load_llm(settings), sessions, vault, settings)
+    stack.callback(serving.close)
+    first = create_first_key(sessions)
+    if first is not None:
+        # Not through logging: a log is kept and shipped, this is shown once.
+        print(f"Letheon: first API key (all scopes, shown only now): {first}", file=sys.stderr, flush=True)
+    return Service(settings, engine, sessions, vault, celery, serving, stopping=asyncio.Event())
+
+
+async def _model_error(request: Request, exc: Exception) -> JSONResponse:
+    return problems.problem_response(request.scope, ModelFailed(str(exc)))
+
+
+class Server(uvicorn.Server):
+    """uvicorn waits for open responses before it tells the application to stop; event streams have to know first."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.loaded_app if not isinstance(self.config.app, FastAPI) else self.config.app
+        service: Service | None = getattr(app.state, "service", None)
+        if service is not None:
+            service.stopping.set()
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI, settings: Settings) -> Server:
+    """The server that `letheon serve` runs: ``make_server(app, settings).run()``."""
+    return Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=30,
+        )
+    )

@@ -1,0 +1,114 @@
+"""Pure-ASGI middleware: request ids, an access log that holds no content, the last line of defence, the body limit."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import BodyTooLarge, LetheonError, MalformedBody
+from app.problems import RefusedBody, problem_response
+from app.tracebacks import where
+
+access_log = logging.getLogger("letheon.access")
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RESOURCE_ID = re.compile(r"[a-z]{3}_[0-9a-f]{28}")
+
+
+def logged_path(scope: Scope) -> str:
+    """The matched route with its resource ids; nothing else of the URL, which may hold anything."""
+    template = getattr(scope.get("route"), "path", None)
+    if template is None:
+        return "(no route)"
+    params = scope.get("path_params", {})
+    return re.sub(
+        r"\{(\w+)\}",
+        lambda name: value if _RESOURCE_ID.fullmatch(value := str(params.get(name[1]))) else name[0],
+        str(template),
+    )
+
+
+class RequestContext:
+    """Gives each request an id (the client's, if it is a plain one), logs it, and turns what nobody caught into a 500.
+
+    The exception ends here: the server would log it with its message.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        presented = Headers(scope=scope).get("x-request-id", "")
+        request_id = presented if _REQUEST_ID.fullmatch(presented) else secrets.token_hex(8)
+        status = 0
+        started = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            log.error("unhandled in request %s: %s", request_id, where(error))
+            if status == 0:
+                problem = LetheonError("an unexpected error; the server's log has it under this request's id")
+                await problem_response(scope, problem)(scope, receive, send_with_id)
+        finally:
+            milliseconds = (time.perf_counter() - started) * 1000
+            method = scope["method"] if scope["method"].isalpha() else "(other)"
+            access_log.info("%s %s %d %.1fms %s", method, logged_path(scope), status, milliseconds, request_id)
+
+
+class BodyLimit:
+    """Counts body bytes as they arrive, whatever Content-Length says, and refuses what is not UTF-8."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self.max_bytes:
+            await problem_response(scope, self._too_large())(scope, receive, send)
+            return
+        received = 0
+        decoder = codecs.getincrementaldecoder("utf-8")()
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                chunk = message.get("body", b"")
+                received += len(chunk)
+                if received > self.max_bytes:
+                    raise RefusedBody(self._too_large())
+                try:
+                    decoder.decode(chunk, final=not message.get("more_body", False))
+                except UnicodeDecodeError:  # holds the bytes, so it is not chained
+                    errors = [{"field": "body", "message": "not valid UTF-8"}]
+                    raise RefusedBody(MalformedBody("the body is not valid UTF-8", errors=errors)) from None
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _too_large(self) -> BodyTooLarge:
+        message = f"over the limit of {self.max_bytes} bytes"
+        errors = [{"field": "body", "message": message, "limit": self.max_bytes}]
+        return BodyTooLarge(f"the body is {message}", errors=errors)

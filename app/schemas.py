@@ -1,0 +1,196 @@
+"""What goes over the wire. Bodies are strict: unknown fields and wrong types are refused, nothing is coerced."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from app.tables import PromptState, RequestState
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "must not be blank")
+    return text
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:  # PostgreSQL has no such character
+        raise PydanticCustomError("nul", "must not contain NUL")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Reason = Annotated[str, StringConstraints(max_length=500), AfterValidator(_no_nul)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+class ForgetTextIn(Body):
+    """A text to forget, with the label the model gives it, if known."""
+
+    text: Text
+    label: str | None = None
+
+
+def _as_object(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise PydanticCustomError("forget_text", "must be a string or an object with a text")
+    return value
+
+
+ForgetTextItem = Annotated[ForgetTextIn, BeforeValidator(_as_object, json_schema_input_type=str | ForgetTextIn)]
+
+
+class TrainingOptions(Body):
+    """Training settings of this request alone; what is left out keeps the server's setting."""
+
+    num_virtual_tokens: int | None = Field(default=None, ge=1, le=256)
+    alpha: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, description="Weight of L_r.")
+    beta: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False, description="Weight of L_kl.")
+    learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    max_steps: int | None = Field(default=None, ge=1, le=100_000)
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+
+
+class UnlearnRequestIn(Body):
+    """What to forget. Entries that are equal, label included, count once."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "forget_texts": [
+                        "Jane Example was the best part of the film.",
+                        {"text": "I would not watch Jane Example again.", "label": "negative"},
+                    ],
+                    "reason": "Erasure request 2026-118",
+                    "options": {"num_virtual_tokens": 30},
+                }
+            ]
+        }
+    )
+
+    forget_texts: list[ForgetTextItem] = Field(min_length=1, description="1 to the server's maximum (4096 by default).")
+    reason: Reason | None = Field(default=None, description="Kept with the request; put no personal data here.")
+    options: TrainingOptions | None = None
+
+
+class Failure(BaseModel):
+    code: str
+    detail: str
+
+
+class UnlearnRequestOut(Row):
+    """A request as it stands. It never holds the forget texts."""
+
+    id: str
+    state: RequestState
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    num_texts: int
+    reason: str | None
+    options: dict[str, Any]
+    fingerprint: str = Field(description="Of the frozen model that the prompt is trained for.")
+    attempt: int
+    cancel_requested: bool
+    progress: dict[str, Any] | None
+    metrics: dict[str, Any] | None
+    failure: Failure | None
+
+
+class UnlearnRequestPage(BaseModel):
+    items: list[UnlearnRequestOut]
+    next_cursor: str | None = Field(description="Ask again with this as `cursor`; null on the last page.")
+
+
+# --- classify --------------------------------------------------------------------------------------------------------
+
+
+class ClassifyIn(Body):
+    """One `text`, or several `texts`; not both."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text": "A wonderful film."}, {"texts": ["Dull.", "Great cast."]}]}
+    )
+
+    text: Text | None = None
+    texts: list[Text] | None = Field(default=None, min_length=1, description="1 to the server's maximum (256).")
+    scores: bool = Field(default=False, description="Add `confidence` and `scores`; needs the scope `scores`.")
+
+
+class ClassificationOut(BaseModel):
+    label: str = Field(description="One of the labels, or `unknown`.")
+    abstained: bool = Field(description="True when a generic label won: the answer is `unknown`.")
+    confidence: float | None = Field(default=None, description="Probability of the answer. Only when asked for.")
+    scores: dict[str, float] | None = Field(
+        default=None, description="Probability of each answer. Only when asked for."
+    )
+
+
+class ClassifyOut(BaseModel):
+    """One shape for one text and for many; results in the order of the texts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"results": [{"label": "positive", "abstained": False}], "active_set_version": 4}]
+        }
+    )
+
+    results: list[ClassificationOut]
+    active_set_version: int = Field(description="The active set that every one of these answers was made under.")
+
+
+# --- admin and health ------------------------------------------------------------------------------------------------
+
+
+class PromptOut(Row):
+    """A trained prompt's record. The prompt itself is never served."""
+
+    id: str
+    request_id: str
+    state: PromptState
+    position: int
+    fingerprint: str
+    num_virtual_tokens: int
+    hidden_size: int
+    digest: str
+    metrics: dict[str, Any]
+    seconds_to_active: float
+    activated_at: datetime
+    revoked_at: datetime | None
+    revoked_by: str | None
+    revoke_reason: str | None
+
+
+class PromptPage(BaseModel):
+    items: list[PromptOut]
+    next_cursor: str | None = Field(description="Ask again with this as `cursor`; null on the last page.")
+
+
+class RevokeIn(Body):
+    """Why the prompt goes. Revoking un-forgets: the old behaviour comes back."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "Request withdrawn"}]})
+
+    reason: Annotated[Reason, AfterValidator(_not_blank)]
+
+
+class Health(BaseModel):
+    status: str

@@ -1,0 +1,96 @@
+"""The one settings object: every knob of the service, read from the environment (prefix ``LETHEON_``) or ``.env``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Quantization = Literal["none", "int8", "nf4"]
+
+
+class Settings(BaseSettings):
+    """Letheon's configuration.
+
+    Embedded defaults need no server: SQLite, Celery's filesystem transport and a key file, all under ``home``.
+    ``DATABASE_URL`` and ``BROKER_URL`` (no prefix, as deployment platforms set them) switch to PostgreSQL and Redis.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LETHEON_", env_file=".env", extra="ignore", frozen=True)
+
+    home: Path = Field(default=Path("var"), description="State directory of the embedded defaults.")
+
+    # Storage and broker. Empty = embedded, derived from `home`.
+    database_url: str = Field(default="", validation_alias=AliasChoices("LETHEON_DATABASE_URL", "DATABASE_URL"))
+    broker_url: str = Field(default="", validation_alias=AliasChoices("LETHEON_BROKER_URL", "BROKER_URL"))
+    master_key: SecretStr | None = Field(
+        default=None, description="Base64 of 32 bytes that wraps every data key. Unset: `home`/master.key, made once."
+    )
+
+    # HTTP
+    host: str = "127.0.0.1"
+    port: int = Field(default=8600, ge=0, le=65535)
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    max_forget_texts: int = Field(default=4096, ge=1)
+    max_classify_texts: int = Field(default=256, ge=1)
+    max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")
+    max_queued_texts: int = Field(default=2048, ge=1, description="Classify texts waiting; beyond it 503 + Retry-After.")
+
+    # The frozen model
+    model: str = Field(default="", description="Hub id, local directory or GGUF file. Empty = the pulled demo model.")
+    adapter: str | None = Field(default=None, description="LoRA adapter directory, merged before quantization.")
+    quantization: Quantization = "nf4"
+    device: str = "auto"
+    template: str = Field(default="paper", description="'paper', 'instruction-first', or a string with one {text}.")
+    labels: list[str] = ["negative", "positive"]
+    generic_labels: list[str] = ["neutral", "unknown"]
+
+    # Training
+    retain: str = Field(default="", description="Retain set: JSONL/CSV/TSV/Parquet file or dataset id. Empty = demo data.")
+    num_virtual_tokens: int = Field(default=30, ge=1, le=1024)
+    alpha: float = Field(default=1.0, ge=0)
+    beta: float = Field(default=0.5, ge=0)
+    learning_rate: float = Field(default=5e-3, gt=0)
+    max_steps: int = Field(default=400, ge=1)
+    seed: int = 0
+    training_deadline_seconds: float = Field(default=3600.0, gt=0)
+    checkpoint_seconds: float = Field(default=20.0, gt=0)
+
+    # Checks before activation
+    min_forget_abstain: float = Field(default=0.9, ge=0, le=1)
+    max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
+    max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")
+    check_retain_rows: int = Field(default=256, ge=8)
+
+    # Queue
+    lease_seconds: float = Field(default=60.0, gt=0)
+    heartbeat_seconds: float = Field(default=10.0, gt=0)
+    reaper_seconds: float = Field(default=10.0, gt=0)
+    ring_seconds: float = Field(default=60.0, gt=0, description="A waiting request is re-announced this often.")
+    max_attempts: int = Field(default=3, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
+        if set(self.labels) & set(self.generic_labels):
+            raise ValueError("labels and generic_labels must not overlap")
+        return self
+
+    @property
+    def effective_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{(self.home / 'letheon.db').resolve()}"
+
+    @property
+    def broker_dir(self) -> Path:
+        """Folder of the embedded filesystem broker."""
+        return (self.home / "broker").resolve()
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The process-wide settings, read once."""
+    return Settings()

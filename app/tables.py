@@ -1,0 +1,218 @@
+"""SQLAlchemy tables. The database is the queue and the only shared state.
+
+Times are timezone-aware UTC. Ids sort by creation time (``new_id``), so an id is also a pagination cursor.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    TypeDecorator,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class RequestState(StrEnum):
+    """``pending → training → evaluating → active → revoked``; ``failed`` and ``cancelled`` are final as well."""
+
+    PENDING = "pending"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    ACTIVE = "active"
+    REVOKED = "revoked"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class PromptState(StrEnum):
+    ACTIVE = "active"
+    REVOKED = "revoked"
+
+
+RUNNING = (RequestState.TRAINING, RequestState.EVALUATING)
+LIVE = (RequestState.PENDING, *RUNNING, RequestState.ACTIVE)
+"""States whose forget texts must stay out of every retain set (promise 9)."""
+
+
+def utcnow() -> datetime:
+    return datetime.now(UTC)
+
+
+def new_id(prefix: str) -> str:
+    """``prefix_`` + 12 hex digits of milliseconds + 16 random hex digits: unguessable, sorts by time."""
+    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC datetimes on every dialect (SQLite drops the zone)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError("naive datetime")
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+BigIntPk = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[str]: JSON}
+
+
+class ApiKey(Base):
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    scopes: Mapped[list[str]]
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32))  # SHA-256 of the 256-bit secret
+    created_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
+class UnlearnRequest(Base):
+    """One erasure request. ``wrapped_key`` opens ``sealed_texts`` and the checkpoint; both go when the request ends."""
+
+    __tablename__ = "unlearn_requests"
+    __table_args__ = (Index("ix_unlearn_requests_state_id", "state", "id"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    state: Mapped[str] = mapped_column(String(20))
+    api_key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    num_texts: Mapped[int]
+    reason: Mapped[str | None] = mapped_column(String(500))
+    options: Mapped[dict[str, Any]]
+    fingerprint: Mapped[str] = mapped_column(String(64))  # of the model the prompt is to be trained for
+    wrapped_key: Mapped[bytes | None] = mapped_column(LargeBinary)
+    sealed_texts: Mapped[bytes | None] = mapped_column(LargeBinary)
+
+    attempt: Mapped[int] = mapped_column(default=0)  # fences off a worker that lost its lease
+    lease_owner: Mapped[str | None] = mapped_column(String(100))
+    lease_expires_at: Mapped[datetime | None]
+    last_step_at: Mapped[datetime | None]  # a heartbeat proves a live process, this proves progress
+    rung_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    metrics: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    failure: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # {"code", "detail"}
+
+
+class ForgetDigest(Base):
+    """Keyed digest (HMAC) of one normalised forget text: dedupe and retain filtering without the text."""
+
+    __tablename__ = "forget_digests"
+
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+
+
+class Checkpoint(Base):
+    """The last training checkpoint, sealed under the request's key, so that any worker can resume."""
+
+    __tablename__ = "checkpoints"
+
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int]
+    updated_at: Mapped[datetime]
+    sealed: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class RequestEvent(Base):
+    """Progress and state changes, in order; the SSE stream reads these rows and ``id`` is its event id."""
+
+    __tablename__ = "request_events"
+    __table_args__ = (Index("ix_request_events_request_id_id", "request_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigIntPk, primary_key=True, autoincrement=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))
+    at: Mapped[datetime]
+    type: Mapped[str] = mapped_column(String(20))  # "state" | "progress"
+    data: Mapped[dict[str, Any]]
+
+
+class Prompt(Base):
+    """A trained soft prompt: safetensors bytes, sealed under a key of its own (prompts are personal data too)."""
+
+    __tablename__ = "prompts"
+    __table_args__ = (Index("ix_prompts_state_position", "state", "position"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id"), unique=True)
+    state: Mapped[str] = mapped_column(String(20))
+    position: Mapped[int]  # order of activation = order of concatenation
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    num_virtual_tokens: Mapped[int]
+    hidden_size: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(64))  # SHA-256 of the safetensors bytes
+    wrapped_key: Mapped[bytes] = mapped_column(LargeBinary)
+    sealed: Mapped[bytes] = mapped_column(LargeBinary)
+    metrics: Mapped[dict[str, Any]]
+    seconds_to_active: Mapped[float] = mapped_column(Float)
+    activated_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    revoked_by: Mapped[str | None] = mapped_column(String(40))
+    revoke_reason: Mapped[str | None] = mapped_column(String(500))
+
+
+class ActiveSet(Base):
+    """The single row (id 1) that names the active set in force. Its version moves with every activate and revoke."""
+
+    __tablename__ = "active_set"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(64))  # over the ordered prompt digests
+    updated_at: Mapped[datetime]
+
+
+class AuditEntry(Base):
+    """Append-only, hash-chained: ``hash = SHA-256(prev_hash ‖ canonical JSON of the entry)``."""
+
+    __tablename__ = "audit_log"
+
+    seq: Mapped[int] = mapped_column(BigIntPk, primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    actor: Mapped[str] = mapped_column(String(100))  # API key id, worker name or "system"
+    action: Mapped[str] = mapped_column(String(50))
+    subject: Mapped[str] = mapped_column(String(40))
+    detail: Mapped[dict[str, Any]]
+    prev_hash: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))

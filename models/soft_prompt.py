@@ -1,0 +1,77 @@
+"""SoftPrompt: p × d virtual-token embeddings bound to one frozen model, and how several of them compose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from models.errors import FingerprintMismatch, InvalidPrompt
+
+_KEY = "embeddings"
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # no repr: a prompt is personal data
+class SoftPrompt:
+    """``embeddings``: (p, d) float32 on the CPU. ``fingerprint``: of the FrozenLLM it was trained for."""
+
+    embeddings: Tensor
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        e = self.embeddings
+        if e.ndim != 2 or 0 in e.shape or e.dtype != torch.float32:
+            raise InvalidPrompt(f"embeddings must be (p, d) float32, got {tuple(e.shape)} {e.dtype}")
+        if not torch.isfinite(e).all():
+            raise InvalidPrompt("embeddings hold non-finite numbers")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.embeddings.shape[0]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 hex of ``to_bytes()``: the prompt's content address."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """safetensors bytes; the fingerprint travels in the header."""
+        return save({_KEY: self.embeddings.contiguous()}, metadata={"fingerprint": self.fingerprint})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, fingerprint: str) -> SoftPrompt:
+        """Raises InvalidPrompt for bytes that are not a prompt, FingerprintMismatch for one of another model."""
+        try:
+            tensors = load(data)
+            stored = _header_fingerprint(data)
+        except (SafetensorError, ValueError) as error:
+            raise InvalidPrompt(f"not a safetensors prompt ({type(error).__name__})") from None
+        if set(tensors) != {_KEY}:
+            raise InvalidPrompt("a prompt holds one tensor named 'embeddings'")
+        if stored != fingerprint:
+            raise FingerprintMismatch(f"prompt of model {stored[:12]}, but this model is {fingerprint[:12]}")
+        return cls(tensors[_KEY], stored)
+
+
+def _header_fingerprint(data: bytes) -> str:
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    return str(header.get("__metadata__", {}).get("fingerprint", ""))
+
+
+def compose(prompts: Sequence[SoftPrompt], *, fingerprint: str) -> Tensor | None:
+    """The one place that decides how active prompts act together: (Σp, d), concatenated in order of activation.
+
+    None for no prompt. Raises FingerprintMismatch when one belongs to another model.
+    """
+    for prompt in prompts:
+        if prompt.fingerprint != fingerprint:
+            raise FingerprintMismatch(f"prompt of model {prompt.fingerprint[:12]}, but this model is {fingerprint[:12]}")
+    return torch.cat([p.embeddings for p in prompts]) if prompts else None

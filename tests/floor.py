@@ -1,0 +1,66 @@
+"""Short ways to put requests into a database, shared by the tests of the floor."""
+
+from __future__ import annotations
+
+import hashlib
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from app import active_set, job_queue, lifecycle
+from app.lifecycle import Claim, ForgetText
+from app.vault import Vault
+
+FINGERPRINT = "f" * 64
+SECRET = "Zebulon Quist was dreadful in this film"
+Sessions = sessionmaker[Session]
+
+
+def submit(sessions: Sessions, vault: Vault, *texts: str) -> str:
+    """A pending request; its id."""
+    with sessions.begin() as session:
+        return lifecycle.create_request(
+            session,
+            vault,
+            texts=[ForgetText(text, "negative") for text in texts or (SECRET,)],
+            reason="asked by mail",
+            options={},
+            fingerprint=FINGERPRINT,
+            api_key_id=None,
+        ).id
+
+
+def take(
+    sessions: Sessions, request_id: str, *, owner: str = "w1", lease: float = 60, attempts: int = 3
+) -> Claim | None:
+    with sessions.begin() as session:
+        return job_queue.claim(session, request_id, owner=owner, lease_seconds=lease, max_attempts=attempts)
+
+
+def must_take(sessions: Sessions, request_id: str, *, owner: str = "w1", lease: float = 60, attempts: int = 3) -> Claim:
+    claim = take(sessions, request_id, owner=owner, lease=lease, attempts=attempts)
+    assert claim is not None
+    return claim
+
+
+def activate(sessions: Sessions, vault: Vault, claim: Claim, *, data: bytes = b"tensor", version: int) -> str:
+    """Check and activate a claimed request; the prompt's id."""
+    with sessions.begin() as session:
+        if lifecycle.get_request(session, claim.request_id).state != "evaluating":
+            lifecycle.start_evaluating(session, claim)
+        return active_set.activate(
+            session,
+            vault,
+            claim,
+            prompt=data,
+            digest=hashlib.sha256(data).hexdigest(),
+            fingerprint=FINGERPRINT,
+            num_virtual_tokens=30,
+            hidden_size=576,
+            metrics={"forget_abstain": 1.0},
+            expected_version=version,
+        ).id
+
+
+def state(sessions: Sessions, request_id: str) -> str:
+    with sessions() as session:
+        return lifecycle.get_request(session, request_id).state

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from floor import activate, must_take, state, submit
+from sqlalchemy import Engine, inspect, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from app import active_set, audit, db, lifecycle
+from app.errors import NotReady
+from app.tables import Base
+from app.vault import Vault
+
+TABLES = set(Base.metadata.tables)
+
+
+def test_migrated_schema_is_the_models_schema(engine: Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    assert set(inspect(engine).get_table_names()) == TABLES | {"alembic_version"}
+
+
+def test_up_down_up_with_data(database_url: str, vault: Vault) -> None:
+    db.upgrade(database_url)
+    engine = db.make_engine(database_url)
+    sessions = db.make_sessions(engine)
+    first, second = submit(sessions, vault), submit(sessions, vault)
+    activate(sessions, vault, must_take(sessions, first), version=0)
+    must_take(sessions, second)
+    engine.dispose()
+
+    db.upgrade(database_url)  # nothing to do, and nothing is lost
+    assert state(sessions, first) == "active"
+    engine.dispose()
+
+    db.downgrade(database_url, "base")
+    assert not set(inspect(engine).get_table_names()) & TABLES
+    with pytest.raises(NotReady, match="nothing"):
+        db.check_schema(engine)
+    engine.dispose()
+
+    db.upgrade(database_url)
+    db.check_schema(engine)
+    with sessions() as session:
+        assert active_set.read_active_set(session) == active_set.ActiveSetView(0, active_set.set_digest([]))
+        assert lifecycle.list_requests(session, limit=10) == ([], None)
+        assert audit.verify(session) == 0
+    engine.dispose()
+
+
+def test_two_processes_may_migrate_at_once(database_url: str) -> None:
+    errors: list[BaseException] = []
+
+    def up() -> None:
+        try:
+            db.upgrade(database_url)
+        except BaseException as error:
+            errors.append(error)
+
+    # alembic's context is per process, so real processes: one of them is this one
+    code = "import sys; from app import db; db.upgrade(sys.argv[1])"
+    root = Path(db.__file__).parent.parent
+    others = [
+        subprocess.Popen([sys.executable, "-c", code, database_url], env={**os.environ, "PYTHONPATH": str(root)})
+        for _ in range(2)
+    ]
+    thread = threading.Thread(target=up)
+    thread.start()
+    thread.join()
+    assert [other.wait(60) for other in others] == [0, 0]
+    assert errors == []
+    engine = db.make_engine(database_url)
+    db.check_schema(engine)
+    engine.dispose()
+
+
+def test_failed_migration_leaves_nothing_behind(database_url: str) -> None:
+    with pytest.raises(RuntimeError, match="half-way"), db.migrating(database_url) as connection:
+        connection.execute(text("CREATE TABLE half (id INTEGER)"))
+        raise RuntimeError("half-way")
+    engine = db.make_engine(database_url)
+    assert inspect(engine).get_table_names() == []
+    engine.dispose()
+
+
+def test_command_line_reads_the_settings_from_any_folder(database_url: str, tmp_path: Path) -> None:
+    root = Path(db.__file__).parent.parent
+    command = [sys.executable, "-m", "alembic", "-c", str(root / "alembic.ini"), "upgrade", "head"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "DATABASE_URL": database_url}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    engine = db.make_engine(database_url)
+    db.check_schema(engine)
+    engine.dispose()
+
+
+def test_check_schema_says_when_the_database_is_away() -> None:
+    engine = db.make_engine("postgresql://nobody:hunter2@127.0.0.1:1/none")
+    with pytest.raises(NotReady) as caught:
+        db.check_schema(engine)
+    assert "hunter2" not in str(caught.value)
+    engine.dispose()
+
+
+def test_unsupported_database() -> None:
+    with pytest.raises(ValueError, match="mysql"):
+        db.make_engine("mysql://localhost/x")
+
+
+def test_sqlite_is_set_up_and_private(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "letheon.db"
+    engine = db.make_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        for pragma, value in (("journal_mode", "wal"), ("foreign_keys", 1), ("secure_delete", 1)):
+            assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
+    engine.dispose()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_reader_neither_blocks_nor_is_blocked_by_a_writer(sessions: sessionmaker[Session], vault: Vault) -> None:
+    with sessions() as reader:
+        assert active_set.read_active_set(reader).version == 0
+        request_id = submit(sessions, vault)  # would wait 30 s if the open reader held a lock
+        assert lifecycle.get_request(reader, request_id).state == "pending"
+        with sessions.begin() as writer:
+            active_set.bump(writer, active_set.lock_active_set(writer))
+            with sessions() as second_reader:
+                assert active_set.read_active_set(second_reader).version == 0
+        assert active_set.read_active_set(reader).version == 1
+
+
+def test_read_then_write_in_many_threads_never_fails_locked(sessions: sessionmaker[Session]) -> None:
+    """The upgrade from a read to a write is what SQLite refuses at once in a plain deferred transaction."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(10):
+                with sessions.begin() as session:
+                    active_set.read_active_set(session)
+                    active_set.bump(session, active_set.lock_active_set(session))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with sessions() as session:
+        assert active_set.read_active_set(session).version == 40  # none was lost

@@ -1,0 +1,137 @@
+"""Cached prefix = plain concatenation, in logits and gradient; padding and batch invariance. Every model family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, make_tiny_model
+from torch import Tensor
+
+from models.errors import ModelError, TextTooLong
+from models.examples import collate
+from models.inference import Classifier
+from models.llm import FrozenLLM
+from models.prefix_cache import compute_prefix, last_hidden
+from models.soft_prompt import SoftPrompt
+
+TEXTS = [
+    "the film is good",
+    "a bad movie with a great director , awful acting and a plot that is not very quite there",
+    "bad",
+    "the story of the scene by the director is neutral and the acting great but the plot awful " * 2,
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
+    path = make_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
+    return FrozenLLM.load(str(path), quantization="none", device="cpu")
+
+
+def _soft(llm: FrozenLLM, p: int = 7) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(p, llm.hidden_size, generator=generator) * 0.3
+
+
+def _plain_logits(llm: FrozenLLM, soft: Tensor, row: list[int]) -> Tensor:
+    """The literal definition: [soft, head, text, tail] through the whole model, no cache, no padding, one row."""
+    ids = torch.tensor([*llm.template.head_ids, *row])
+    embeddings = torch.cat([soft, llm.embed(ids)]).unsqueeze(0)
+    positions = torch.arange(embeddings.shape[1]).unsqueeze(0)
+    # Only the last position: the same model, another kernel schedule, and no code of ours.
+    logits: Tensor = llm.model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
+    return logits[0, -1].float()
+
+
+def test_logits_and_gradient_equal_plain_concatenation(llm: FrozenLLM) -> None:
+    rows = llm.rows(TEXTS)
+    plain_soft = _soft(llm).requires_grad_(True)
+    plain = torch.stack([_plain_logits(llm, plain_soft, row) for row in rows])
+    plain.log_softmax(-1)[:, 5].sum().backward()
+
+    soft = _soft(llm).requires_grad_(True)
+    cached = llm.logits(last_hidden(llm, collate(rows), compute_prefix(llm, soft)))
+    cached.log_softmax(-1)[:, 5].sum().backward()
+
+    torch.testing.assert_close(cached, plain, rtol=2e-4, atol=2e-5)
+    assert plain_soft.grad is not None
+    assert soft.grad is not None
+    assert float((soft.grad - plain_soft.grad).norm() / plain_soft.grad.norm()) < 1e-4
+
+
+def test_gradient_reaches_every_virtual_token(llm: FrozenLLM) -> None:
+    soft = _soft(llm).requires_grad_(True)
+    last_hidden(llm, collate(llm.rows(TEXTS)), compute_prefix(llm, soft)).pow(2).sum().backward()
+    assert soft.grad is not None
+    assert (soft.grad.norm(dim=1) > 0).all()
+    assert all(parameter.grad is None for parameter in llm.model.parameters())
+
+
+def test_padding_and_batch_do_not_change_a_row(llm: FrozenLLM) -> None:
+    rows = llm.rows(TEXTS)
+    with torch.no_grad():
+        prefix = compute_prefix(llm, _soft(llm))
+        together = last_hidden(llm, collate(rows), prefix)
+        alone = torch.cat([last_hidden(llm, collate([row]), prefix) for row in rows])
+        padded = collate(rows)
+        garbage = padded.input_ids.clone()
+        for i, length in enumerate(padded.lengths.tolist()):
+            garbage[i, length:] = 3 + i
+        other = last_hidden(llm, type(padded)(garbage, padded.lengths), prefix)
+    torch.testing.assert_close(together, alone, rtol=2e-4, atol=2e-5)
+    assert torch.equal(together, other), "what stands in the padding must not matter, bit for bit"
+
+
+def test_prefix_is_never_mutated(llm: FrozenLLM) -> None:
+    with torch.no_grad():
+        prefix = compute_prefix(llm, _soft(llm))
+        assert prefix is not None
+        before = [(k.clone(), v.clone()) for k, v, _ in prefix.layers]
+        batch = collate(llm.rows(TEXTS))
+        first = last_hidden(llm, batch, prefix)
+        cache = prefix.cache()
+        for _ in range(2):
+            llm.decoder(input_ids=batch.input_ids, past_key_values=cache, use_cache=True)
+        again = last_hidden(llm, batch, prefix)
+    assert torch.equal(first, again)
+    assert cache.get_seq_length() == prefix.length
+    assert all(
+        torch.equal(k, bk) and torch.equal(v, bv) for (k, v, _), (bk, bv) in zip(prefix.layers, before, strict=True)
+    )
+
+
+def test_no_prompt_equals_the_bare_model(llm: FrozenLLM) -> None:
+    classifier = Classifier(llm)
+    with torch.no_grad():
+        bare = torch.stack(
+            [llm.model(torch.tensor([[*llm.template.head_ids, *row]])).logits[0, -1] for row in llm.rows(TEXTS)]
+        )
+    torch.testing.assert_close(llm.logits(classifier.hidden(TEXTS)), bare, rtol=2e-4, atol=2e-5)
+
+
+def test_a_set_that_lost_a_prompt_equals_one_that_never_held_it(llm: FrozenLLM) -> None:
+    """Promise 3, bit for bit, through one long-lived classifier and a fresh one."""
+    one = SoftPrompt(_soft(llm, 5), llm.fingerprint)
+    two = SoftPrompt(_soft(llm, 3) + 0.1, llm.fingerprint)
+    classifier = Classifier(llm)
+    base, only_one = classifier.hidden(TEXTS), classifier.hidden(TEXTS, [one])
+    classifier.hidden(TEXTS, [one, two])
+    assert torch.equal(classifier.hidden(TEXTS, [one]), only_one)
+    assert torch.equal(classifier.hidden(TEXTS), base)
+    assert torch.equal(Classifier(llm).hidden(TEXTS, [one]), only_one)
+    assert not torch.equal(only_one, base)
+
+
+def test_a_row_past_the_models_positions_is_refused(llm: FrozenLLM) -> None:
+    with pytest.raises(TextTooLong, match="positions"):
+        Classifier(llm).classify(["good " * 600])
+
+
+def test_architecture_with_other_logits_is_refused(llm: FrozenLLM) -> None:
+    head = llm.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _module, _args, output: output * 3.0)
+    try:
+        with pytest.raises(ModelError, match="post-processes"):
+            llm._assert_head_is_plain()
+    finally:
+        handle.remove()

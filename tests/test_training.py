@@ -1,0 +1,237 @@
+"""The training loop on a tiny random model: it learns, resumes exactly, stops when asked, and changes no weight."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_tiny_model
+
+from models.errors import CheckpointError, DatasetError, TextTooLong, TrainingDiverged
+from models.evaluation import CheckLimits, check_prompts, measure, weighted_f1
+from models.examples import Example, collate
+from models.inference import Classifier
+from models.llm import FrozenLLM
+from models.prefix_cache import compute_prefix, last_hidden
+from models.soft_prompt import SoftPrompt
+from models.teacher import Teacher
+from models.training import Progress, TrainingConfig, _Batches, train_soft_prompt
+
+FORGET = [Example(f"the film by x{i} is good", "positive") for i in range(11)]
+RETAIN = [Example("a bad story " + "with plot " * (i % 5) + str(i * i), "negative") for i in range(40)]
+CONFIG = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, check_every=1000)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
+    return FrozenLLM.load(str(make_tiny_model(tmp_path_factory.mktemp("m"))), quantization="none", device="cpu")
+
+
+def test_it_learns_to_abstain_and_keeps_the_weights(llm: FrozenLLM) -> None:
+    weights = llm.weights_digest()
+    config = TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.05)
+    result = train_soft_prompt(llm, FORGET, RETAIN, config)
+    assert result.stopped == "converged"
+    report = check_prompts(
+        llm, [result.prompt], FORGET, RETAIN, max_retain_rows=30, seed=0, limits=CheckLimits(0.9, 0.02, 0.02)
+    )
+    assert report.passed, report.violations
+    assert report.forget_abstain >= 0.98
+    assert report.forget_abstain_before == 0
+    assert llm.weights_digest() == weights
+
+
+def test_the_loss_of_a_step_is_the_papers(llm: FrozenLLM) -> None:
+    """One step's figures against the definition, worked without cache, teacher store or padding."""
+    seen: list[Progress] = []
+    config = TrainingConfig(num_virtual_tokens=4, max_steps=1, check_every=1000, alpha=0.7, beta=0.3)
+    train_soft_prompt(llm, FORGET, RETAIN, config, on_progress=seen.append)
+    batches = _Batches(llm, FORGET, RETAIN, config)
+    forget, retain = batches.at(0)
+    ids = torch.randint(llm.embed.num_embeddings, (4,), generator=torch.Generator().manual_seed(config.seed))
+    phi, head = llm.embed.weight[ids], list(llm.template.head_ids)
+
+    def log_probs(row: list[int], prompt: torch.Tensor | None) -> torch.Tensor:
+        tokens = llm.embed(torch.tensor([*head, *row]))
+        inputs = tokens if prompt is None else torch.cat([prompt, tokens])
+        return llm.model(inputs_embeds=inputs[None]).logits[0, -1].log_softmax(-1)
+
+    with torch.no_grad():
+        l_f = -sum(log_probs(batches.forget_rows[i], phi)[batches.generic_ids[i]] for i in forget) / len(forget)
+        l_r, l_kl = 0.0, 0.0
+        for i in retain:
+            prompted, bare = (log_probs(batches.retain_rows[i], p) for p in (phi, None))
+            l_r -= float(prompted[llm.verbalizer.id_of(str(RETAIN[i].label))]) / len(retain)
+            l_kl += float((prompted.exp() * (prompted - bare)).sum()) / len(retain)
+    assert seen[0].forget_loss == pytest.approx(float(l_f), rel=1e-4)
+    assert seen[0].retain_loss == pytest.approx(l_r, rel=1e-4)
+    assert seen[0].kl_loss == pytest.approx(l_kl, rel=1e-3, abs=1e-6)
+    assert seen[0].loss == pytest.approx(float(l_f) + 0.7 * l_r + 0.3 * l_kl, rel=1e-4)
+
+
+def test_same_seed_same_prompt_other_seed_other_prompt(llm: FrozenLLM) -> None:
+    one, two = (train_soft_prompt(llm, FORGET, RETAIN, CONFIG).prompt.digest for _ in range(2))
+    assert one == two
+    other = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, check_every=1000, seed=1)
+    assert train_soft_prompt(llm, FORGET, RETAIN, other).prompt.digest != one
+
+
+def test_a_cancelled_run_resumes_to_the_same_prompt(llm: FrozenLLM, tmp_path: Path) -> None:
+    whole = train_soft_prompt(llm, FORGET, RETAIN, CONFIG)
+    saved: list[tuple[int, bytes]] = []
+    steps: list[int] = []
+    partial = train_soft_prompt(
+        llm,
+        FORGET,
+        RETAIN,
+        CONFIG,
+        on_progress=lambda p: steps.append(p.step),
+        should_stop=lambda: len(steps) >= 5,
+        on_checkpoint=lambda step, data: saved.append((step, data)),
+        teacher_dir=tmp_path,  # its states are part of what a resumed run continues from, to the last bit
+    )
+    assert partial.stopped == "cancelled"
+    assert saved[-1][0] == 5
+    resumed = train_soft_prompt(llm, FORGET, RETAIN, CONFIG, resume=saved[-1][1], teacher_dir=tmp_path)
+    assert (resumed.resumed_from, resumed.steps) == (5, 12)
+    assert resumed.prompt.digest == whole.prompt.digest
+
+
+def test_checkpoints_of_other_runs_are_refused(llm: FrozenLLM) -> None:
+    saved: list[bytes] = []
+    train_soft_prompt(
+        llm, FORGET, RETAIN, CONFIG, on_checkpoint=lambda _step, data: saved.append(data), checkpoint_seconds=0
+    )
+    with pytest.raises(CheckpointError, match="data differs"):
+        train_soft_prompt(llm, FORGET[:3], RETAIN, CONFIG, resume=saved[0])
+    with pytest.raises(CheckpointError, match="config differs"):
+        train_soft_prompt(llm, FORGET, RETAIN, TrainingConfig(), resume=saved[0])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train_soft_prompt(llm, FORGET, RETAIN, CONFIG, resume=saved[0][: len(saved[0]) // 2])
+
+
+def test_deadline(llm: FrozenLLM) -> None:
+    result = train_soft_prompt(llm, FORGET, RETAIN, CONFIG, deadline=time.monotonic() - 1)
+    assert (result.stopped, result.steps) == ("deadline", 0)
+
+
+def test_divergence_is_an_error_not_a_prompt(llm: FrozenLLM) -> None:
+    config = TrainingConfig(num_virtual_tokens=4, alpha=float("inf"))
+    with pytest.raises(TrainingDiverged):
+        train_soft_prompt(llm, FORGET, RETAIN, config)
+
+
+def test_empty_sides_and_long_rows_are_refused(llm: FrozenLLM) -> None:
+    with pytest.raises(DatasetError):
+        train_soft_prompt(llm, [], RETAIN, CONFIG)
+    with pytest.raises(DatasetError):
+        train_soft_prompt(llm, FORGET, [], CONFIG)
+    with pytest.raises(TextTooLong):
+        train_soft_prompt(llm, [Example("good " * 600)], RETAIN, CONFIG)
+
+
+def test_every_step_sees_forget_and_retain_rows_of_like_length(llm: FrozenLLM) -> None:
+    batches = _Batches(llm, FORGET, RETAIN, CONFIG)
+    seen: set[int] = set()
+    for step in range(2):  # 11 rows in buckets of 8: two steps are one epoch
+        forget, retain = batches.at(step)
+        assert forget
+        assert len(retain) == CONFIG.retain_batch
+        seen.update(forget)
+    assert seen == set(range(len(FORGET)))
+    assert batches.at(7) == batches.at(7)
+
+
+def test_training_behind_a_stack_depends_on_it_and_leaves_it_alone(llm: FrozenLLM) -> None:
+    first = train_soft_prompt(llm, FORGET[:4], RETAIN, CONFIG).prompt
+    before = first.embeddings.clone()
+    behind = train_soft_prompt(llm, FORGET[4:], RETAIN, CONFIG, stack=[first]).prompt
+    alone = train_soft_prompt(llm, FORGET[4:], RETAIN, CONFIG).prompt
+    assert behind.digest != alone.digest
+    assert torch.equal(first.embeddings, before)
+
+
+def test_teacher_is_the_unprompted_model_kept_on_disk(llm: FrozenLLM, tmp_path: Path) -> None:
+    teacher = Teacher(llm, RETAIN, tmp_path)
+    wanted = Classifier(llm).hidden([RETAIN[i].text for i in (3, 0, 3)])
+    torch.testing.assert_close(teacher.hidden([3, 0, 3]), wanted, rtol=1e-4, atol=1e-5)
+    teacher.save()
+    again = Teacher(llm, RETAIN, tmp_path)
+    assert again._known.sum() == 2
+    assert torch.equal(again.hidden([0, 3]), teacher.hidden([0, 3]))
+    assert not Teacher(llm, RETAIN[1:], tmp_path)._known.any(), "another retain set must not read these"
+
+
+def test_unlabelled_retain_rows_use_the_models_own_answer(llm: FrozenLLM) -> None:
+    unlabelled = [Example(e.text) for e in RETAIN]
+    own = Teacher(llm, unlabelled).label_ids(range(8))
+    answers = Classifier(llm).classify([e.text for e in RETAIN[:8]])
+    best = [max(llm.verbalizer.labels, key=lambda w: a.probabilities[w]) for a in answers]
+    assert own.tolist() == [llm.verbalizer.id_of(w) for w in best]
+    assert train_soft_prompt(llm, FORGET, unlabelled, CONFIG).steps == CONFIG.max_steps
+
+
+def _gradient(model: FrozenLLM) -> torch.Tensor:
+    soft = (torch.randn(5, model.hidden_size, generator=torch.Generator().manual_seed(2)) * 0.3).requires_grad_(True)
+    batch = collate(model.rows([e.text for e in FORGET]))
+    logits = model.logits(last_hidden(model, batch, compute_prefix(model, soft)))
+    logits.log_softmax(-1)[:, model.verbalizer.generic_ids[0]].sum().backward()
+    assert soft.grad is not None
+    return soft.grad.flatten()
+
+
+def test_nf4_gradient_equals_that_of_its_own_dequantized_weights(tmp_path: Path) -> None:
+    """Guards bitsandbytes' CPU repacking in eval(), which loses the gradient after the first inference pass."""
+    import bitsandbytes as bnb
+
+    path = str(make_tiny_model(tmp_path / "m"))
+    quantized = FrozenLLM.load(path, quantization="nf4", device="cpu")
+    weights = quantized.weights_digest()
+    Classifier(quantized).classify(["a good film"])
+    plain = FrozenLLM.load(path, quantization="none", device="cpu")
+    replaced = 0
+    for name, module in quantized.model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            full = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.model.get_submodule(name).weight.data.copy_(full)
+            replaced += 1
+    assert replaced == 3 * 7
+    assert torch.nn.functional.cosine_similarity(_gradient(quantized), _gradient(plain), dim=0) > 0.9999
+    assert quantized.weights_digest() == weights
+
+
+def test_int8_gradient_follows_full_precision(tmp_path: Path) -> None:
+    path = str(make_tiny_model(tmp_path / "m"))
+    quantized = FrozenLLM.load(path, quantization="int8", device="cpu")
+    weights = quantized.weights_digest()
+    Classifier(quantized).classify(["a good film"])
+    plain = FrozenLLM.load(path, quantization="none", device="cpu")
+    assert torch.nn.functional.cosine_similarity(_gradient(quantized), _gradient(plain), dim=0) > 0.95
+    assert quantized.weights_digest() == weights
+
+
+def test_weighted_f1_by_hand() -> None:
+    # Class 0: tp 1, fp 1, fn 1 → F1 1/2, support 2. Class 1: tp 1, fp 0, fn 1 → F1 2/3, support 2. 9: never true.
+    assert weighted_f1([0, 0, 1, 1], [0, 9, 1, 0]) == pytest.approx((2 * 0.5 + 2 * 2 / 3) / 4)
+
+
+def test_measure_counts_anything_but_the_label_as_wrong(llm: FrozenLLM) -> None:
+    figures = measure(llm, [], RETAIN)
+    assert 0 <= figures.accuracy <= figures.constrained_accuracy <= 1
+    assert figures.rows == 40
+    with pytest.raises(DatasetError):
+        measure(llm, [], [Example("no label")])
+
+
+def test_checks_fail_with_figures(llm: FrozenLLM) -> None:
+    useless = SoftPrompt(torch.zeros(2, llm.hidden_size), llm.fingerprint)
+    report = check_prompts(
+        llm, [useless], FORGET, RETAIN, max_retain_rows=9, seed=0, limits=CheckLimits(1.0, -2.0, -2.0)
+    )
+    assert not report.passed
+    assert len(report.violations) == 3
+    assert report.retain_rows == 9
+    assert math.isclose(sum(c["rows"] for c in report.per_class.values()), 9)
