@@ -166,6 +166,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
     prompt = get_prompt(session, prompt_id)
     if prompt.state == PromptState.REVOKED:
         raise Conflict("the prompt is already revoked", state=prompt.state)
+    request = lock_request(session, prompt.request_id)  # before the audit entry, whose lock is global
     now = utcnow()
     prompt.state = PromptState.REVOKED
     prompt.revoked_at = now
@@ -180,7 +181,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
         detail={"prompt_digest": prompt.digest, "active_set_version": version, "active_set_digest": current.digest},
     )
     detail = {"prompt_id": prompt.id, "active_set_version": version}
-    move(session, lock_request(session, prompt.request_id), RequestState.REVOKED, actor=actor, detail=detail, now=now)
+    move(session, request, RequestState.REVOKED, actor=actor, detail=detail, now=now)
     return prompt
 
 

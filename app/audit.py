@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -64,20 +65,21 @@ def verify(session: Session) -> int:
     prev_hash, count = GENESIS, 0
     columns = AuditEntry.__table__.c  # columns, not entities: the database's values, not the session's
     query = select(*columns).order_by(columns.seq).execution_options(yield_per=1000)
-    for row in session.execute(query):
-        count += 1
-        expected = entry_hash(
-            prev_hash,
-            seq=count,
-            at=row.at,
-            actor=row.actor,
-            action=row.action,
-            subject=row.subject,
-            detail=row.detail,
-        )
-        if row.seq != count or row.prev_hash != prev_hash or row.hash != expected:
-            raise AuditBroken(f"audit entry {count} is missing or was altered", seq=count)
-        prev_hash = row.hash
+    with closing(session.execute(query)) as rows:
+        for row in rows:
+            count += 1
+            expected = entry_hash(
+                prev_hash,
+                seq=count,
+                at=row.at,
+                actor=row.actor,
+                action=row.action,
+                subject=row.subject,
+                detail=row.detail,
+            )
+            if row.seq != count or row.prev_hash != prev_hash or row.hash != expected:
+                raise AuditBroken(f"audit entry {count} is missing or was altered", seq=count)
+            prev_hash = row.hash
     return count
 
 

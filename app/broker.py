@@ -28,12 +28,12 @@ _CONNECT_SECONDS = 2.0
 class DoorbellChannel(filesystem.Channel):
     """kombu's filesystem channel writes a message in place, so a reader may take it half-written and crash on it."""
 
-    def _put(self, queue: str, message: dict[str, Any], **_: Any) -> None:
+    def _put(self, queue: str, payload: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]  # as kombu's own
         name = f"{time.time_ns():020d}_{secrets.token_hex(8)}.{queue}.msg"  # kombu reads them in order of name
         target = os.path.join(self.data_folder_out, name)
         try:
             with open(target + ".part", "w", encoding="utf-8") as file:
-                json.dump(message, file)
+                json.dump(payload, file)
             os.replace(target + ".part", target)
         except OSError as error:
             raise ChannelError("cannot write to the broker folder") from error

@@ -63,4 +63,8 @@ def _prompt_id(prompt_id: Annotated[str, Path(examples=["prm_019aa5b0c2d41f2e3d4
 RequestId = Annotated[str, Depends(_request_id)]
 PromptId = Annotated[str, Depends(_prompt_id)]
 Limit = Annotated[int, Query(ge=1, le=200, description="Items per page.")]
-Cursor = Annotated[str | None, Query(max_length=40, description="`next_cursor` of the page before.")]
+Cursor = Annotated[
+    str | None,
+    # PostgreSQL refuses a NUL in a parameter; the floor checks the rest.
+    Query(pattern=f"^{_ID.pattern}$", description="`next_cursor` of the page before."),
+]

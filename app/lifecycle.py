@@ -2,6 +2,9 @@
 
 Every function takes a session and never commits. A transition is one row change, one event and one audit entry in the
 caller's transaction; the forget texts, their checkpoint and the key that opens both go when the request ends.
+
+Rows are locked first, the audit chain last, and the chain's lock is global until the commit. So a transaction makes one
+transition (or, like the reaper, locks all its rows first); one that goes on to lock rows after an entry may deadlock.
 """
 
 from __future__ import annotations

@@ -110,9 +110,12 @@ async def _model_error(request: Request, exc: Exception) -> JSONResponse:
 class Server(uvicorn.Server):
     """uvicorn waits for open responses before it tells the application to stop; event streams have to know first."""
 
+    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._app = app
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        app = self.config.loaded_app if not isinstance(self.config.app, FastAPI) else self.config.app
-        service: Service | None = getattr(app.state, "service", None)
+        service: Service | None = getattr(self._app.state, "service", None)  # none when the start failed
         if service is not None:
             service.stopping.set()
         await super().shutdown(sockets)
@@ -121,6 +124,7 @@ class Server(uvicorn.Server):
 def make_server(app: FastAPI, settings: Settings) -> Server:
     """The server that `letheon serve` runs: ``make_server(app, settings).run()``."""
     return Server(
+        app,
         uvicorn.Config(
             app,
             host=settings.host,
@@ -128,5 +132,5 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=30,
-        )
+        ),
     )

@@ -17,14 +17,22 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _is_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+        raise PydanticCustomError("surrogate", "must not contain half a surrogate pair") from None
+    return text
+
+
 def _no_nul(text: str) -> str:
     if "\0" in text:  # PostgreSQL has no such character
         raise PydanticCustomError("nul", "must not contain NUL")
     return text
 
 
-Text = Annotated[str, AfterValidator(_not_blank)]
-Reason = Annotated[str, StringConstraints(max_length=500), AfterValidator(_no_nul)]
+Text = Annotated[str, AfterValidator(_is_unicode), AfterValidator(_not_blank)]
+Reason = Annotated[str, StringConstraints(max_length=500), AfterValidator(_is_unicode), AfterValidator(_no_nul)]
 
 
 class Body(BaseModel):

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import active_set
 from app.active_set import ActiveSetView
 from app.batching import Batcher
+from app.defaults import resolve_model
 from app.errors import NotReady
 from app.settings import Settings
 from app.tables import Prompt
@@ -29,9 +30,7 @@ MAX_BATCH_TEXTS = 64
 
 
 def load_llm(settings: Settings) -> FrozenLLM:
-    """The configured frozen model. Raises ModelError."""
-    from app.defaults import resolve_model
-
+    """The configured frozen model. Raises NotConfigured (nothing pulled yet), ModelError."""
     source, adapter = resolve_model(settings)
     return FrozenLLM.load(
         source,

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     adapter: str | None = Field(default=None, description="LoRA adapter directory, merged before quantization.")
     quantization: Quantization = "nf4"
     device: str = "auto"
-    template: str = Field(default="paper", description="'paper', 'instruction-first', or a string with one {text}.")
+    template: str = Field(default="instruction-first", description="'instruction-first', 'paper', or a string with one {text}.")
     labels: list[str] = ["negative", "positive"]
     generic_labels: list[str] = ["neutral", "unknown"]
 

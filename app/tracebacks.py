@@ -7,6 +7,13 @@ from pathlib import Path
 
 
 def where(error: BaseException) -> str:
-    """Type and innermost frames of an exception, without its message: a message may quote what was sent."""
-    frames = reversed(traceback.extract_tb(error.__traceback__)[-8:])
-    return " < ".join([type(error).__name__, *(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)])
+    """Types and frames of an exception and its causes, without messages: a message may quote what was sent."""
+    parts = []
+    link: BaseException | None = error
+    while link is not None:
+        frames = reversed(traceback.extract_tb(link.__traceback__)[-8:])
+        parts.append(
+            " < ".join([type(link).__name__, *(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)])
+        )
+        link = link.__cause__ or link.__context__
+    return "; from ".join(parts)

@@ -11,7 +11,7 @@ import torch
 
 from models.errors import DatasetError
 from models.examples import Example
-from models.inference import Classifier, answer_scores
+from models.inference import Classification, Classifier, answer_scores
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 
@@ -68,8 +68,8 @@ def check_prompts(
     after = classifier.classify(retain_texts, prompts)
     truth = [e.label if e.label is not None else b.label for e, b in zip(sample, before, strict=True)]
 
-    def accuracy(answers: Sequence[Any], rows: Sequence[int]) -> float:
-        return sum(answers[i].label == truth[i] for i in rows) / len(rows)
+    def accuracy(answers: Sequence[Classification], rows: Sequence[int]) -> float:
+        return sum(1 for i in rows if answers[i].label == truth[i]) / len(rows)
 
     everything = range(len(sample))
     per_class = {}
@@ -84,7 +84,9 @@ def check_prompts(
     if abstain < limits.min_forget_abstain:
         violations.append(f"forget abstain rate {abstain:.4f} is below {limits.min_forget_abstain}")
     if overall_before - overall_after > limits.max_retain_drop + 1e-9:
-        violations.append(f"retain accuracy fell by {overall_before - overall_after:.4f}, more than {limits.max_retain_drop}")
+        violations.append(
+            f"retain accuracy fell by {overall_before - overall_after:.4f}, more than {limits.max_retain_drop}"
+        )
     if class_drop > limits.max_class_drop + 1e-9:
         violations.append(f"accuracy of class {worst!r} fell by {class_drop:.4f}, more than {limits.max_class_drop}")
     return CheckReport(

@@ -82,9 +82,7 @@ def _read_hub(dataset_id: str, split: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise DatasetError(
-            f"{dataset_id}: no such file; to read a hub's dataset id install letheon[hub]"
-        ) from None
+        raise DatasetError(f"{dataset_id}: no such file; to read a hub's dataset id install letheon[hub]") from None
     try:
         yield from datasets.load_dataset(dataset_id, split=split)
     except (OSError, ValueError) as error:
@@ -103,7 +101,7 @@ def _example(row: dict[str, Any], source: str, number: int, labels: Sequence[str
         label = int(label)  # CSV has no integers
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
         return Example(text, labels[label])
-    if label not in labels:
+    if not isinstance(label, str) or label not in labels:
         raise DatasetError(f"{where}: label is none of {list(labels)}")
     return Example(text, label)
 

@@ -72,7 +72,9 @@ def finetune(
     """
     if not examples or any(e.label is None for e in examples):
         raise DatasetError("fine-tuning needs rows, and a label on every row")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     bf16 = config.precision == "bf16" or (config.precision == "auto" and _has_fast_bf16(device))
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -80,15 +82,20 @@ def finetune(
     template = Template.build(config.template, tokenizer)
     verbalizer = Verbalizer.build(config.labels, config.generic_labels, tokenizer)
     quantize(base, config.quantization, dtype)
-    base.to(device)
-    base.is_loaded_in_4bit = config.quantization == "nf4"  # how peft knows to wrap bitsandbytes layers
+    nn.Module.to(base, device)
+    vars(base)["is_loaded_in_4bit"] = config.quantization == "nf4"  # how peft knows to wrap bitsandbytes layers
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        lora_dropout=0.0,
     )
     model = get_peft_model(base, lora)
     trainable: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
         parameter.data = parameter.data.float()
+    decoder = base.base_model  # its linear layers now hold the LoRA layers
 
     head = list(template.head_ids)
     encoded = tokenizer([template.lead + e.text for e in examples], add_special_tokens=False)["input_ids"]
@@ -120,7 +127,7 @@ def finetune(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, total, config.warmup)
         with autocast:
-            hidden = model.base_model.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             last = hidden[torch.arange(len(batch), device=device), batch.lengths - 1]
             logits = base.get_output_embeddings()(last).float()
         wanted = targets[picked].to(device)
@@ -137,7 +144,9 @@ def finetune(
         loss_mean += weight * (float(loss.detach()) - loss_mean)
         accuracy_mean += weight * (accuracy - accuracy_mean)
         if step % config.checkpoint_steps == 0 and step < total:
-            data = checkpoint.pack(trainable, optimizer, {**run, "step": step, "loss": loss_mean, "accuracy": accuracy_mean})
+            data = checkpoint.pack(
+                trainable, optimizer, {**run, "step": step, "loss": loss_mean, "accuracy": accuracy_mean}
+            )
             _write_atomically(state_file, data)
         if on_progress:
             on_progress(FinetuneProgress(step, total, loss_mean, accuracy_mean, time.monotonic() - started))

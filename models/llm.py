@@ -62,7 +62,7 @@ class FrozenLLM:
         adapter: str | None = None,
         quantization: Quantization = "nf4",
         device: str = "auto",
-        template: str = "paper",
+        template: str = "instruction-first",
         labels: Sequence[str] = ("negative", "positive"),
         generic_labels: Sequence[str] = ("neutral", "unknown"),
     ) -> FrozenLLM:
@@ -78,7 +78,7 @@ class FrozenLLM:
         if adapter is not None:
             model, adapter_digest = _merge_adapter(model, Path(adapter))
         quantize(model, quantization, dtype)
-        model.to(target)
+        nn.Module.to(model, target)
         return cls(
             model,
             tokenizer,
@@ -133,7 +133,8 @@ class FrozenLLM:
     def logits(self, hidden: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
         """Next-token logits (float32) of last hidden states (..., d), over all tokens or the given rows only."""
         head = cast(nn.Linear, self.model.get_output_embeddings())
-        weight, bias = head.weight, head.bias
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if token_ids is not None:
             index = torch.tensor(token_ids, device=weight.device)
             weight, bias = weight[index], None if bias is None else bias[index]
@@ -225,7 +226,7 @@ def quantize(model: PreTrainedModel, quantization: Quantization, dtype: torch.dt
     """
     if quantization == "none":
         return
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     if quantization == "int8":
         # One warning per layer and call: int8 on CPU casts inputs to float16 inside, by design.
@@ -239,17 +240,17 @@ def quantize(model: PreTrainedModel, quantization: Quantization, dtype: torch.dt
         has_bias = module.bias is not None
         layer: nn.Module
         if quantization == "nf4":
-            layer = bnb.nn.Linear4bit(
+            layer = Linear4bit(
                 in_features, out_features, bias=has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
-            layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
+            layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
             # With AVX512-BF16, eval() repacks these weights on first use: other numbers, and no gradient after.
             layer.support_avx512bf16_for_cpu = False
         else:
-            layer = bnb.nn.Linear8bitLt(
+            layer = Linear8bitLt(
                 in_features, out_features, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta"
             )
-            layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         if module.bias is not None:
             layer.bias = nn.Parameter(module.bias.data, requires_grad=False)
         parent, _, child = name.rpartition(".")

@@ -1,6 +1,6 @@
 """The SPUL loss (arXiv 2406.12038, §4): pure functions of logits at the position that predicts the label.
 
-    L = L_f + α·L_r + β·L_kl,  each a mean over its own subset, so the forget share of a batch does not weigh.
+L = L_f + α·L_r + β·L_kl,  each a mean over its own subset, so the forget share of a batch does not weigh.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class _ReadOnlyLayer(_RecordingLayer):
         self.dtype, self.device = keys.dtype, keys.device
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         rows = key_states.shape[0]
         # cat copies, so attention never sees stride-0 keys (wrong results on CUDA for some lengths, pytorch #191937).
         keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2)
@@ -65,8 +66,9 @@ def compute_prefix(llm: FrozenLLM, soft: Tensor | None) -> Prefix | None:
         return None
     embeddings = torch.cat(parts).unsqueeze(0)
     length = embeddings.shape[1]
-    kinds = [bool(layer.is_sliding) for layer in DynamicCache(config=llm.model.config).layers]
-    cache = Cache(layers=[_RecordingLayer(sliding) for sliding in kinds])
+    kinds = [bool(getattr(layer, "is_sliding", False)) for layer in DynamicCache(config=llm.model.config).layers]
+    recorded = [_RecordingLayer(sliding) for sliding in kinds]
+    cache = Cache(layers=list(recorded))
     llm.decoder(
         inputs_embeds=embeddings,
         past_key_values=cache,
@@ -74,9 +76,10 @@ def compute_prefix(llm: FrozenLLM, soft: Tensor | None) -> Prefix | None:
         use_cache=True,
     )
     layers = []
-    for layer in cache.layers:
-        assert layer.keys is not None and layer.values is not None
-        layers.append((layer.keys, layer.values, bool(getattr(layer, "is_sliding", False))))
+    for layer in recorded:
+        assert layer.keys is not None
+        assert layer.values is not None
+        layers.append((layer.keys, layer.values, layer.is_sliding))
     return Prefix(tuple(layers), length)
 
 

@@ -73,5 +73,7 @@ def compose(prompts: Sequence[SoftPrompt], *, fingerprint: str) -> Tensor | None
     """
     for prompt in prompts:
         if prompt.fingerprint != fingerprint:
-            raise FingerprintMismatch(f"prompt of model {prompt.fingerprint[:12]}, but this model is {fingerprint[:12]}")
+            raise FingerprintMismatch(
+                f"prompt of model {prompt.fingerprint[:12]}, but this model is {fingerprint[:12]}"
+            )
     return torch.cat([p.embeddings for p in prompts]) if prompts else None

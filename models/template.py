@@ -56,7 +56,9 @@ class Template:
         head_ids = tokenizer.encode(head, add_special_tokens=False) if head else []
         return cls(
             source=source,
-            head_ids=tuple(([tokenizer.bos_token_id] if adds_bos and tokenizer.bos_token_id is not None else []) + head_ids),
+            head_ids=tuple(
+                ([tokenizer.bos_token_id] if adds_bos and tokenizer.bos_token_id is not None else []) + head_ids
+            ),
             lead=lead,
             tail_ids=tuple(tokenizer.encode(tail, add_special_tokens=False)),
         )
@@ -87,11 +89,7 @@ class Verbalizer:
         pieces: list[int] = []
         for surface in (" " + word, word):
             pieces = tokenizer.encode(surface, add_special_tokens=False)
-            if (
-                len(pieces) == 1
-                and pieces[0] != tokenizer.unk_token_id
-                and tokenizer.decode(pieces).strip() == word
-            ):
+            if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id and tokenizer.decode(pieces).strip() == word:
                 return pieces[0]
         raise InvalidVerbalizer(f"label word {word!r} is {len(pieces)} tokens (or unknown) in this tokenizer, not one")
 

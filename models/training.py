@@ -89,6 +89,10 @@ class _Running:
         weight = max(0.1, 1 / step)
         self.terms = [old + weight * (new - old) for old, new in zip(self.terms, values, strict=True)]
 
+    def progress(self, step: int, total: int, elapsed: float) -> Progress:
+        loss, forget, retain, kl = self.terms
+        return Progress(step, total, loss, forget, retain, kl, elapsed, self.abstain, self.retain)
+
 
 def train_soft_prompt(
     llm: FrozenLLM,
@@ -109,8 +113,8 @@ def train_soft_prompt(
 
     ``stack``: prompts in force, placed before φ and frozen, so φ is trained for the very context it will serve in.
     ``deadline``: a ``time.monotonic()`` value. ``should_stop`` is asked every step; on True a last checkpoint is handed
-    out and the result says ``cancelled``. A run is a function of (data, config, stack): a resumed one continues the same
-    sequence of batches. Raises DatasetError, TrainingDiverged, CheckpointError, TextTooLong, FingerprintMismatch.
+    out and the result says ``cancelled``. A run is a function of (data, config, stack): a resumed one continues the
+    same sequence of batches. Raises DatasetError, TrainingDiverged, CheckpointError, TextTooLong, FingerprintMismatch.
     """
     if not forget or not retain:
         raise DatasetError("training needs at least one forget row and one retain row")
@@ -143,7 +147,9 @@ def train_soft_prompt(
             stopped = "deadline"
             break
         forget_rows, retain_rows = batches.at(step)
-        batch = collate([*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)], llm.device)
+        batch = collate(
+            [*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)], llm.device
+        )
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
@@ -167,10 +173,12 @@ def train_soft_prompt(
         converged = False
         if step % config.check_every == 0:
             running.abstain, running.retain, before = _check(llm, prefix, batches, teacher, config)
-            converged = running.abstain >= config.target_abstain and running.retain >= before - config.target_retain_drop
+            converged = (
+                running.abstain >= config.target_abstain and running.retain >= before - config.target_retain_drop
+            )
         if on_progress is not None:
             elapsed = time.monotonic() - started
-            on_progress(Progress(step, config.max_steps, *running.terms, elapsed, running.abstain, running.retain))
+            on_progress(running.progress(step, config.max_steps, elapsed))
         if converged:
             stopped = "converged"
             break
@@ -224,7 +232,9 @@ class _Batches:
         longest = max(self._forget_lengths[i] for i in forget)
         draw = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) ^ 0x5EED)
         # Half from anywhere up to this length, half among the longest that fit: all lengths are seen, little padding.
-        fits = max(int(torch.searchsorted(self._retain_lengths, longest, right=True)), min(64, len(self._retain_lengths)))
+        fits = max(
+            int(torch.searchsorted(self._retain_lengths, longest, right=True)), min(64, len(self._retain_lengths))
+        )
         picked = torch.randint(fits, (self.config.retain_batch,), generator=draw)
         return forget, self._retain_by_length[picked].tolist()
 

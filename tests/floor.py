@@ -44,9 +44,10 @@ def must_take(sessions: Sessions, request_id: str, *, owner: str = "w1", lease: 
 
 def activate(sessions: Sessions, vault: Vault, claim: Claim, *, data: bytes = b"tensor", version: int) -> str:
     """Check and activate a claimed request; the prompt's id."""
-    with sessions.begin() as session:
+    with sessions.begin() as session:  # a transaction for each transition, see app.lifecycle
         if lifecycle.get_request(session, claim.request_id).state != "evaluating":
             lifecycle.start_evaluating(session, claim)
+    with sessions.begin() as session:
         return active_set.activate(
             session,
             vault,

@@ -7,12 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from floor import activate, must_take, state, submit
 from sqlalchemy import Engine, inspect, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
 from app import active_set, audit, db, lifecycle
 from app.errors import NotReady
 from app.tables import Base

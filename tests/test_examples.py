@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,10 @@ from models.errors import DatasetError
 from models.examples import Example, collate, digest_examples, length_buckets, read_examples
 
 LABELS = ("negative", "positive")
-ROWS = [{"text": 'a "quoted", film\nin two lines', "label": "positive"}, {"text": "schlecht, aber schön", "label": "negative"}]
+ROWS = [
+    {"text": 'a "quoted", film\nin two lines', "label": "positive"},
+    {"text": "schlecht, aber schön", "label": "negative"},
+]
 WANTED = [Example(r["text"], r["label"]) for r in ROWS]
 
 
@@ -92,7 +96,7 @@ def test_buckets_partition_the_indices(lengths: list[int], size: int, seeded: bo
     buckets = length_buckets(lengths, size, generator)
     assert sorted(i for b in buckets for i in b) == list(range(len(lengths)))
     assert all(1 <= len(b) <= size for b in buckets)
-    for left, right in zip(buckets, buckets[1:], strict=False):  # jitter is below three tokens
+    for left, right in pairwise(buckets):  # jitter is below three tokens
         assert max(lengths[i] for i in left) <= min(lengths[i] for i in right) + 3
 
 

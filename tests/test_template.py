@@ -78,7 +78,7 @@ def test_fingerprint_covers_template_verbalizer_quantization_and_weights(tmp_pat
     assert load(one) == same
     others = [
         load(two),
-        load(one, template="instruction-first"),
+        load(one, template="paper"),
         load(one, labels=("positive", "negative")),
         load(one, generic_labels=("unknown",)),
         load(one, quantization="nf4"),

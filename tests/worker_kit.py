@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import active_set, broker, db, lifecycle
 from app.lifecycle import ForgetText
 from app.settings import Settings
-from app.tables import Checkpoint, Prompt, RequestEvent, UnlearnRequest
+from app.tables import LIVE, Checkpoint, Prompt, RequestEvent, UnlearnRequest
 from app.vault import Vault
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,11 +52,11 @@ def write_retain(path: Path, rows: int = 48) -> Path:
 
 
 def wait_for(probe: Callable[[], T | None], what: str, *, seconds: float = 60.0) -> T:
-    """The first answer of ``probe`` that is neither None nor False. Raises AssertionError after ``seconds``."""
+    """The first true answer of ``probe``. Raises AssertionError after ``seconds``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         answer = probe()
-        if answer is not None and answer is not False:
+        if answer:
             return answer
         time.sleep(0.05)
     raise AssertionError(f"waited {seconds} s for {what}")
@@ -185,14 +185,16 @@ class Site:
     def wait_checkpoint(self, request_id: str, *, above: int = 0) -> int:
         """Wait until a checkpoint of a step after ``above`` is stored: the training is in full swing."""
 
-        def probe() -> int | None:
+        def probe() -> int | str | None:
             step = self.checkpoint_step(request_id)
-            return step if step is not None and step > above else None
+            if step is not None and step > above:
+                return step
+            state = self.request(request_id).state
+            return None if state in LIVE else state
 
-        try:
-            return wait_for(probe, "a checkpoint")
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.logs()}") from None
+        answer = wait_for(probe, "a checkpoint")
+        assert isinstance(answer, int), f"it is {answer}\n{self.logs()}"
+        return answer
 
     def assert_shredded(self, request_id: str) -> None:
         request = self.request(request_id)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -17,23 +15,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import job_queue
 from app.errors import LeaseLost
 from app.lifecycle import Claim
+from app.tracebacks import where
 
 log = logging.getLogger("letheon.worker")
 
 TRANSIENT = (DBAPIError, PoolTimeout)
 """What a database says when it restarts, is locked or cannot be reached. Wrong SQL is found by tests, not by these."""
-
-
-def describe(error: BaseException) -> str:
-    """Type and frames of an error and its causes. The message is left out: it may quote a text or a tensor."""
-    parts = []
-    link: BaseException | None = error
-    while link is not None:
-        frames = traceback.extract_tb(link.__traceback__)
-        where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
-        parts.append(f"{type(link).__name__} at {where or 'an unknown place'}")
-        link = link.__cause__ or link.__context__
-    return "; from ".join(parts)
 
 
 class Heartbeat:
@@ -69,7 +56,7 @@ class Heartbeat:
             while not self._end.wait(self._every) and not self.lost.is_set():
                 self._beat()
         except Exception as error:  # a bug; without a heartbeat the job must stop
-            log.critical("%s: heartbeat died: %s", self._claim.request_id, describe(error))
+            log.critical("%s: heartbeat died: %s", self._claim.request_id, where(error))
             self.lost.set()
 
     def _beat(self) -> None:
@@ -127,7 +114,7 @@ class Reaper(threading.Thread):
                     return
         except Exception as error:
             self.crashed = True
-            log.critical("reaper: died, ending the process: %s", describe(error))
+            log.critical("reaper: died, ending the process: %s", where(error))
             self._on_death()
 
     def round(self) -> None:

@@ -21,11 +21,12 @@ from app import broker, db, job_queue
 from app.defaults import resolve_model, resolve_retain
 from app.errors import LetheonError
 from app.settings import Settings, get_settings
+from app.tracebacks import where
 from app.vault import Vault
 from models.errors import ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
-from worker.heartbeat import Reaper, describe
+from worker.heartbeat import Reaper
 from worker.tasks import Context, run_job
 
 log = logging.getLogger("letheon.worker")
@@ -83,19 +84,27 @@ def configure_logging() -> None:
 
     signals.setup_logging.connect(keep, weak=False, dispatch_uid="letheon")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def prepare(settings: Settings) -> Context:
     """Database, vault, model and retain set. Raises NotReady, VaultError, ModelError."""
     url = settings.effective_database_url
-    if not settings.database_url:
-        settings.home.mkdir(parents=True, exist_ok=True)
+    if url.startswith("sqlite"):
         db.upgrade(url)  # embedded: nobody else would; the API may do the same at the same moment
     engine = db.make_engine(url)
     db.check_schema(engine)
     vault = Vault.from_settings(settings)
+    llm = load_model(settings)
+    retain = read_examples(resolve_retain(settings), labels=settings.labels)
+    log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
+    return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
+
+
+def load_model(settings: Settings) -> FrozenLLM:
+    """The model, as the API loads it: any difference is another fingerprint. Raises NotConfigured, ModelError."""
     source, adapter = resolve_model(settings)
-    llm = FrozenLLM.load(
+    return FrozenLLM.load(
         source,
         adapter=adapter,
         quantization=settings.quantization,
@@ -104,9 +113,6 @@ def prepare(settings: Settings) -> Context:
         labels=settings.labels,
         generic_labels=settings.generic_labels,
     )
-    retain = read_examples(resolve_retain(settings), labels=settings.labels)
-    log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
-    return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
 
 
 def register(celery: Celery, context: Context) -> None:
@@ -161,7 +167,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        log.critical("stopped by an error: %s", describe(error))
+        log.critical("stopped by an error: %s", where(error))
     return 1
 
 

@@ -25,14 +25,22 @@ from app.errors import LeaseLost, LetheonError, StaleActiveSet
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Settings
 from app.tables import UnlearnRequest
+from app.tracebacks import where
 from app.vault import Vault
-from models.errors import CheckpointError, DatasetError, FingerprintMismatch, TextTooLong, TrainingDiverged
+from models.errors import (
+    CheckpointError,
+    DatasetError,
+    FingerprintMismatch,
+    InvalidPrompt,
+    TextTooLong,
+    TrainingDiverged,
+)
 from models.evaluation import CheckLimits, CheckReport, check_prompts
 from models.examples import Example
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.training import Progress, TrainingConfig, TrainingResult, train_soft_prompt
-from worker.heartbeat import TRANSIENT, Heartbeat, describe
+from worker.heartbeat import TRANSIENT, Heartbeat
 
 log = logging.getLogger("letheon.worker")
 
@@ -102,7 +110,7 @@ def run_job(context: Context, request_id: str) -> None:
         log.warning("%s: attempt %d lost its lease; nothing more is written", request_id, claim.attempt)
     except Exception as error:
         # Nothing is hidden: type and frames are logged, and the request is still owed to the client (see above).
-        log.error("%s: attempt %d broke off, left to its lease: %s", request_id, claim.attempt, describe(error))
+        log.error("%s: attempt %d broke off, left to its lease: %s", request_id, claim.attempt, where(error))
 
 
 class _Job:
@@ -133,7 +141,7 @@ class _Job:
         except Exception as error:
             if claim.attempt < self.settings.max_attempts:
                 raise
-            log.error("%s: the last attempt broke off: %s", claim.request_id, describe(error))
+            log.error("%s: the last attempt broke off: %s", claim.request_id, where(error))
             self.end_failed(_last_word(error))
             outcome = "failed"
         log.info("%s: attempt %d ends: %s", claim.request_id, claim.attempt, outcome)
@@ -194,7 +202,7 @@ class _Job:
                 # Another prompt became active meanwhile, or the retain set shrank: the run would not be the same one.
                 log.info("%s: the checkpoint is of other data or another stack; from the start", request.id)
                 return attempt(None)
-        except TrainingDiverged:
+        except (TrainingDiverged, InvalidPrompt):  # the latter when the very last step went off
             raise JobFailed("diverged", "the loss became infinite; a lower learning_rate may help") from None
         except DatasetError:
             raise JobFailed("no-retain-rows", "training needs a forget row and a retain row") from None

@@ -28,7 +28,7 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("digest", sa.String(length=64), nullable=False),
         sa.Column("updated_at", TIME, nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_active_set")),
+        sa.PrimaryKeyConstraint("id", name="pk_active_set"),
     )
     empty = sha256(b"[]").hexdigest()  # active_set.set_digest of no prompts
     op.bulk_insert(active_set, [{"id": 1, "version": 0, "digest": empty, "updated_at": datetime.now(UTC)}])
@@ -40,7 +40,7 @@ def upgrade() -> None:
         sa.Column("digest", sa.LargeBinary(length=32), nullable=False),
         sa.Column("created_at", TIME, nullable=False),
         sa.Column("revoked_at", TIME, nullable=True),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
+        sa.PrimaryKeyConstraint("id", name="pk_api_keys"),
     )
     op.create_table(
         "audit_log",
@@ -52,7 +52,7 @@ def upgrade() -> None:
         sa.Column("detail", sa.JSON(), nullable=False),
         sa.Column("prev_hash", sa.String(length=64), nullable=False),
         sa.Column("hash", sa.String(length=64), nullable=False),
-        sa.PrimaryKeyConstraint("seq", name=op.f("pk_audit_log")),
+        sa.PrimaryKeyConstraint("seq", name="pk_audit_log"),
     )
     op.create_table(
         "unlearn_requests",
@@ -78,8 +78,8 @@ def upgrade() -> None:
         sa.Column("progress", sa.JSON(), nullable=True),
         sa.Column("metrics", sa.JSON(), nullable=True),
         sa.Column("failure", sa.JSON(), nullable=True),
-        sa.ForeignKeyConstraint(["api_key_id"], ["api_keys.id"], name=op.f("fk_unlearn_requests_api_key_id_api_keys")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_unlearn_requests")),
+        sa.ForeignKeyConstraint(["api_key_id"], ["api_keys.id"], name="fk_unlearn_requests_api_key_id_api_keys"),
+        sa.PrimaryKeyConstraint("id", name="pk_unlearn_requests"),
     )
     op.create_index("ix_unlearn_requests_state_id", "unlearn_requests", ["state", "id"])
     op.create_table(
@@ -91,10 +91,10 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["request_id"],
             ["unlearn_requests.id"],
-            name=op.f("fk_checkpoints_request_id_unlearn_requests"),
+            name="fk_checkpoints_request_id_unlearn_requests",
             ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("request_id", name=op.f("pk_checkpoints")),
+        sa.PrimaryKeyConstraint("request_id", name="pk_checkpoints"),
     )
     op.create_table(
         "forget_digests",
@@ -103,10 +103,10 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["request_id"],
             ["unlearn_requests.id"],
-            name=op.f("fk_forget_digests_request_id_unlearn_requests"),
+            name="fk_forget_digests_request_id_unlearn_requests",
             ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("request_id", "digest", name=op.f("pk_forget_digests")),
+        sa.PrimaryKeyConstraint("request_id", "digest", name="pk_forget_digests"),
     )
     op.create_table(
         "prompts",
@@ -126,11 +126,9 @@ def upgrade() -> None:
         sa.Column("revoked_at", TIME, nullable=True),
         sa.Column("revoked_by", sa.String(length=40), nullable=True),
         sa.Column("revoke_reason", sa.String(length=500), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["request_id"], ["unlearn_requests.id"], name=op.f("fk_prompts_request_id_unlearn_requests")
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_prompts")),
-        sa.UniqueConstraint("request_id", name=op.f("uq_prompts_request_id")),
+        sa.ForeignKeyConstraint(["request_id"], ["unlearn_requests.id"], name="fk_prompts_request_id_unlearn_requests"),
+        sa.PrimaryKeyConstraint("id", name="pk_prompts"),
+        sa.UniqueConstraint("request_id", name="uq_prompts_request_id"),
     )
     op.create_index("ix_prompts_state_position", "prompts", ["state", "position"])
     op.create_table(
@@ -143,10 +141,10 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["request_id"],
             ["unlearn_requests.id"],
-            name=op.f("fk_request_events_request_id_unlearn_requests"),
+            name="fk_request_events_request_id_unlearn_requests",
             ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_request_events")),
+        sa.PrimaryKeyConstraint("id", name="pk_request_events"),
     )
     op.create_index("ix_request_events_request_id_id", "request_events", ["request_id", "id"])
 

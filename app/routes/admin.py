@@ -32,7 +32,7 @@ def list_prompts(
 
 
 @router.get("/admin/prompts/{prompt_id}", response_model=PromptOut, responses=problems(NotFound))
-def get_prompt(prompt_id: PromptId, caller: AdminCaller, service: ServiceDep) -> Any:
+def get_prompt(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) -> Any:
     """One prompt's record."""
     with service.sessions() as session:
         return active_set.get_prompt(session, prompt_id)
@@ -43,7 +43,7 @@ def get_prompt(prompt_id: PromptId, caller: AdminCaller, service: ServiceDep) ->
     response_model=PromptOut,
     responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, UnsupportedMediaType),
 )
-def revoke_prompt(prompt_id: PromptId, body: RevokeIn, caller: AdminCaller, service: ServiceDep) -> Any:
+def revoke_prompt(caller: AdminCaller, prompt_id: PromptId, body: RevokeIn, service: ServiceDep) -> Any:
     """Take a prompt out of force, on every replica: a classification that starts after this answer goes without it."""
     with service.sessions.begin() as session:
         return active_set.revoke_prompt(session, prompt_id, actor=caller.key_id, reason=body.reason)

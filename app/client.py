@@ -1,0 +1,272 @@
+"""A thin HTTP client of the service: what the command line and the demo use."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import httpx2
+
+from app.errors import InvalidInput, LetheonError
+
+FINAL_STATES = frozenset({"active", "failed", "cancelled", "revoked"})
+CLASSIFY_BATCH = 64
+_BUSY_TRIES = 5
+_SILENCE_SECONDS = 60.0  # an event stream sends a comment every 15 s, so this much silence is a dead connection
+_GIVE_UP_SECONDS = 120.0  # a server that restarts is back by then
+
+
+class ApiError(LetheonError):
+    """The server answered with a problem; ``status_code`` and ``problem_code`` say which."""
+
+    code: ClassVar[str] = "api-error"
+    title: ClassVar[str] = "The server refused"
+
+    def __init__(self, detail: str, *, status_code: int, problem_code: str, retry_after: float | None = None) -> None:
+        super().__init__(detail)
+        self.status_code = status_code
+        self.problem_code = problem_code
+        self.retry_after = retry_after
+
+
+class Unreachable(LetheonError):
+    """No server answers at this address, or the connection broke."""
+
+    code: ClassVar[str] = "unreachable"
+    title: ClassVar[str] = "The server cannot be reached"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One server-sent event; ``id`` resumes the stream behind it."""
+
+    id: str
+    type: str  # "state" | "progress"
+    data: dict[str, Any]
+
+
+class Client:
+    """Calls the HTTP API. Every method raises ApiError or Unreachable, with a message that fits on one line."""
+
+    def __init__(self, url: str, api_key: str | None, *, timeout: float = 120.0) -> None:
+        """Raises InvalidInput for an address that is no plain http(s) URL or that carries a password."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidInput("LETHEON_URL must look like http://host:port")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise InvalidInput("LETHEON_URL must not carry a user, password or query; the key goes in LETHEON_API_KEY")
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx2.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx2.Timeout(timeout, connect=10.0),
+            trust_env=not _is_loopback(parts.hostname),  # a proxy cannot reach this machine's own server
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        texts: Sequence[str | dict[str, Any]],
+        *,
+        reason: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {"forget_texts": list(texts)}
+        if reason is not None:
+            body["reason"] = reason
+        if options:
+            body["options"] = options
+        return self._call("POST", "/unlearn-requests", json=body)
+
+    def show(self, request_id: str) -> dict[str, Any]:
+        return self._call("GET", f"/unlearn-requests/{_segment(request_id)}")
+
+    def list(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
+        return self._call("GET", "/unlearn-requests", params=_params(limit=limit, cursor=cursor, state=state))
+
+    def cancel(self, request_id: str) -> dict[str, Any]:
+        return self._call("POST", f"/unlearn-requests/{_segment(request_id)}/cancel")
+
+    def events(self, request_id: str, *, after: str = "") -> Iterator[Event]:
+        """The events behind ``after`` until the server ends the stream; does not reconnect."""
+        headers = {"Last-Event-ID": after} if after else {}
+        path = f"/unlearn-requests/{_segment(request_id)}/events"
+        timeout = httpx2.Timeout(_SILENCE_SECONDS, connect=10.0)
+        try:
+            with self._http.sse(path, headers=headers, timeout=timeout) as source:
+                if source.response.status_code != 200:
+                    source.response.read()
+                    raise _problem(source.response)
+                for event in source:
+                    data = event.json() if event.data else None
+                    if isinstance(data, dict):
+                        yield Event(event.id, event.event, data)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+
+    def wait(
+        self,
+        request_id: str,
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        give_up_seconds: float = _GIVE_UP_SECONDS,
+    ) -> dict[str, Any]:
+        """Follow a request until it is active or has ended, and return it.
+
+        A broken connection or a restarting server is tried again behind the last event, for ``give_up_seconds``.
+        """
+        last = ""
+        lost_since: float | None = None
+        while True:
+            try:
+                for event in self.events(request_id, after=last):
+                    last, lost_since = event.id or last, None
+                    if on_event is not None:
+                        on_event(event)
+                request = self.show(request_id)  # the stream ended: because all is said, or the server stops
+                lost_since = None
+                if request["state"] in FINAL_STATES:
+                    return request
+            except (Unreachable, ApiError) as error:
+                if isinstance(error, ApiError) and error.status_code < 500:
+                    raise
+                lost_since = lost_since if lost_since is not None else time.monotonic()
+                if time.monotonic() - lost_since > give_up_seconds:
+                    raise
+            time.sleep(0.5)
+
+    # --- classify, prompts, health -----------------------------------------------------------------------------------
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        *,
+        scores: bool = False,
+        on_done: Callable[[int], None] | None = None,
+        batch: int = CLASSIFY_BATCH,
+    ) -> dict[str, Any]:
+        """Classify any number of texts, in calls of ``batch``; waits and tries again when the server is at capacity.
+
+        ``active_set_versions`` names every version that answered: one, unless the set changed in between.
+        """
+        results: list[Any] = []
+        versions: list[int] = []
+        for start in range(0, len(texts), batch):
+            body: dict[str, Any] = {"texts": list(texts[start : start + batch])}
+            if scores:
+                body["scores"] = True
+            answer = self._call_when_free("POST", "/classify", json=body)
+            results += answer["results"]
+            if answer["active_set_version"] not in versions:
+                versions.append(answer["active_set_version"])
+            if on_done is not None:
+                on_done(len(results))
+        return {"results": results, "active_set_versions": versions}
+
+    def prompts(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
+        return self._call("GET", "/admin/prompts", params=_params(limit=limit, cursor=cursor, state=state))
+
+    def revoke(self, prompt_id: str, *, reason: str) -> dict[str, Any]:
+        return self._call("POST", f"/admin/prompts/{_segment(prompt_id)}/revoke", json={"reason": reason})
+
+    def ready(self) -> bool:
+        """Whether the server would classify now; False while it starts or when it cannot be reached."""
+        try:
+            self._call("GET", "/readyz")
+        except (ApiError, Unreachable):
+            return False
+        return True
+
+    # --- plumbing ----------------------------------------------------------------------------------------------------
+
+    def _call_when_free(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        for attempt in range(_BUSY_TRIES):
+            try:
+                return self._call(method, path, **arguments)
+            except ApiError as error:
+                if error.problem_code != "overloaded" or attempt == _BUSY_TRIES - 1:
+                    raise
+                time.sleep(min(error.retry_after or 1.0, 30.0))
+        raise AssertionError("unreachable")
+
+    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+        if response.status_code >= 300:
+            raise _problem(response)
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise ApiError("the answer is not Letheon's: is the address right?", status_code=0, problem_code="foreign")
+        return body
+
+    def _unreachable(self, error: httpx2.TransportError) -> Unreachable:
+        # The exception's own text may quote the request; its type says enough.
+        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            return Unreachable(
+                f"no server answers at {self.url}: start one with `letheon serve`, or set LETHEON_URL to where it runs"
+            )
+        if isinstance(error, httpx2.TimeoutException):
+            return Unreachable(f"the server at {self.url} did not answer in time")
+        return Unreachable(f"the connection to {self.url} broke ({type(error).__name__})")
+
+
+def _problem(response: httpx2.Response) -> ApiError:
+    """One line out of a problem response: code, detail and, for a wrong key, what to do."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = {}
+    if not isinstance(body, dict):
+        body = {}
+    code = str(body.get("code") or f"http-{response.status_code}")
+    detail = str(body.get("detail") or response.reason_phrase or "no detail")
+    if response.status_code == 401:
+        detail += "; set LETHEON_API_KEY to a key of `letheon keys create`"
+    retry = response.headers.get("Retry-After", "")
+    return ApiError(
+        f"{code} ({response.status_code}): {' '.join(detail.split())}",
+        status_code=response.status_code,
+        problem_code=code,
+        retry_after=float(retry) if retry.isdigit() else None,
+    )
+
+
+def _segment(value: str) -> str:
+    """An id as one path segment. Raises InvalidInput for what cannot be an id, such as a path."""
+    if not value or not value.replace("_", "").isalnum() or not value.isascii():
+        raise InvalidInput("an id has letters, digits and underscores only")
+    return value
+
+
+def _params(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

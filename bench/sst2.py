@@ -1,0 +1,141 @@
+"""SPUL on SST-2 at small scale with the paper's metrics: ``python -m bench.sst2 --data DIR``.
+
+Fine-tune the demo model family on forget + a sample of retain rows, train one prompt for *all* of train_forget, and
+measure the four sets of the paper's Table 1 before and after. Resumable: adapter and prompt are kept under ``var/``.
+Prints a table and ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from models.evaluation import measure
+from models.examples import Example, read_examples
+from models.finetune import FinetuneConfig, FinetuneProgress, finetune
+from models.llm import FrozenLLM
+from models.soft_prompt import SoftPrompt
+from models.training import Progress, TrainingConfig, train_soft_prompt
+
+LABELS = ("negative", "positive")
+PAPER = {  # arXiv 2406.12038, Table 1, SST-2, LLaMA-2-7B, accuracy in percent
+    "QLoRA": {"train_retain": 99.89, "train_forget": 99.72, "test_retain": 95.57, "test_forget": 96.07},
+    "SPUL": {"train_retain": 99.15, "train_forget": 12.98, "test_retain": 94.93, "test_forget": 16.07},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with {train,test}_{forget,retain}.jsonl.gz")
+    parser.add_argument("--base", default="var/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--work", type=Path, default=Path("var/sst2"))
+    parser.add_argument("--template", default="instruction-first")
+    parser.add_argument("--quantization", default="nf4", choices=["none", "int8", "nf4"])
+    parser.add_argument("--retain-rows", type=int, default=6000, help="retain rows to fine-tune on and to train with")
+    parser.add_argument("--measure-rows", type=int, default=1000, help="rows of each retain set to measure")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--max-steps", type=int, default=500)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    console = Console(stderr=True)
+
+    sets = {
+        name: read_examples(str(args.data / f"{name}.jsonl.gz"), labels=LABELS)
+        for name in ("train_retain", "train_forget", "test_retain", "test_forget")
+    }
+    retain = random.Random(args.seed).sample(sets["train_retain"], min(args.retain_rows, len(sets["train_retain"])))
+    sampled: dict[str, list[Example]] = {
+        **sets,
+        # The model was fine-tuned on these rows, so they are the honest "train" side.
+        "train_retain": retain[: args.measure_rows],
+        "test_retain": random.Random(1).sample(sets["test_retain"], min(args.measure_rows, len(sets["test_retain"]))),
+    }
+
+    adapter = args.work / "adapter"
+    if not (adapter / "adapter_model.safetensors").exists():
+        config = FinetuneConfig(
+            base=args.base, output=str(adapter), template=args.template, epochs=args.epochs, seed=args.seed
+        )
+        with Bar(console=console) as bar:
+            task = bar.add_task("fine-tuning", total=None)
+
+            def tick(p: FinetuneProgress) -> None:
+                bar.update(task, total=p.total_steps, completed=p.step, description=f"fine-tuning, loss {p.loss:.3f}")
+
+            finetune([*sets["train_forget"], *retain], config, tick)
+
+    llm = FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
+    weights = llm.weights_digest()
+    figures = {"before": {name: measure(llm, [], rows).as_dict() for name, rows in sampled.items()}}
+
+    training = TrainingConfig(
+        max_steps=args.max_steps, learning_rate=args.learning_rate, seed=args.seed, target_abstain=0.99
+    )
+    started, checkpoint = time.monotonic(), args.work / "prompt.checkpoint"
+    with Bar(console=console) as bar:
+        task = bar.add_task("soft prompt", total=args.max_steps)
+
+        def step(p: Progress) -> None:
+            told = f"soft prompt, loss {p.loss:.3f}, abstain {p.forget_abstain}, retain {p.retain_accuracy}"
+            bar.update(task, completed=p.step, description=told)
+
+        result = train_soft_prompt(
+            llm,
+            sets["train_forget"],
+            retain,
+            training,
+            teacher_dir=args.work / "teacher",
+            resume=checkpoint.read_bytes() if checkpoint.exists() else None,
+            on_progress=step,
+            on_checkpoint=lambda _step, data: _keep(checkpoint, data),
+        )
+    seconds = time.monotonic() - started
+    prompts: list[SoftPrompt] = [result.prompt]
+    (args.work / "prompt.safetensors").write_bytes(result.prompt.to_bytes())
+    figures["after"] = {name: measure(llm, prompts, rows).as_dict() for name, rows in sampled.items()}
+
+    table = Table(title="SST-2, accuracy % (argmax over the whole vocabulary, as in the paper)")
+    for column in ("", *sampled):
+        table.add_column(column)
+    for name, row in PAPER.items():
+        table.add_row(f"paper, LLaMA-2-7B, {name}", *(f"{row[s]:.2f}" for s in sampled))
+    for when in ("before", "after"):
+        table.add_row(f"here, SmolLM2-135M, {when}", *(f"{100 * figures[when][s]['accuracy']:.2f}" for s in sampled))
+    table.add_row("here, answered unknown", *(f"{100 * figures['after'][s]['abstain']:.2f}" for s in sampled))
+    console.print(table)
+    print(
+        json.dumps(
+            {
+                "bench": "sst2",
+                "figures": figures,
+                "paper": PAPER,
+                "steps": result.steps,
+                "resumed_from": result.resumed_from,
+                "stopped": result.stopped,
+                "seconds": round(seconds, 1),
+                "forget_rows": len(sets["train_forget"]),
+                "retain_rows": len(retain),
+                "quantization": args.quantization,
+                "num_virtual_tokens": training.num_virtual_tokens,
+                "weights_unchanged": llm.weights_digest() == weights,
+            }
+        )
+    )
+
+
+def _keep(path: Path, data: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

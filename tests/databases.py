@@ -1,0 +1,69 @@
+"""Fresh databases for tests, on every kind of server there is."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from sqlalchemy import make_url
+
+
+def listens(port: int) -> bool:
+    """Whether a server listens on this port of the local machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@lru_cache
+def postgres_admin_url() -> str | None:
+    """Where databases can be made: LETHEON_TEST_POSTGRES, else a local server that trusts us, else None."""
+    if given := os.environ.get("LETHEON_TEST_POSTGRES"):
+        return given
+    if not listens(5432):
+        return None
+    for user in ("postgres", "root"):
+        url = f"postgresql://{user}@127.0.0.1:5432/postgres"
+        try:
+            psycopg.connect(url, connect_timeout=3).close()
+        except psycopg.OperationalError:
+            continue
+        return url
+    return None
+
+
+@contextmanager
+def fresh_database(kind: str, folder: Path) -> Iterator[str]:
+    """An empty database that did not exist before; dropped afterwards. No other database is touched."""
+    name = f"letheon_test_{secrets.token_hex(8)}"
+    if kind == "sqlite":
+        yield f"sqlite:///{folder / name}.db"
+        return
+    admin_url = postgres_admin_url()
+    assert admin_url is not None
+    with psycopg.connect(admin_url, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'").format(sql.Identifier(name)))
+        try:
+            url = make_url(admin_url).set(drivername="postgresql", database=name)
+            yield url.render_as_string(hide_password=False)
+        finally:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@lru_cache
+def redis_url() -> str | None:
+    """LETHEON_TEST_REDIS, else the local server, else None."""
+    return os.environ.get("LETHEON_TEST_REDIS") or ("redis://127.0.0.1:6379/0" if listens(6379) else None)
+
+
+def database_kinds() -> list[str]:
+    return ["sqlite", "postgresql"] if postgres_admin_url() else ["sqlite"]

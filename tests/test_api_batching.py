@@ -1,0 +1,168 @@
+"""The batcher: what waits together runs together, and every caller hears back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+
+import pytest
+
+from app.batching import Batcher
+from app.errors import NotReady, Overloaded
+
+
+class Gate:
+    """A run() that records its batches and can be held."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[list[int]]] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.error: BaseException | None = None
+
+    def __call__(self, jobs: list[list[int]]) -> Sequence[int]:
+        self.batches.append(jobs)
+        self.entered.release()
+        assert self.open.wait(10)
+        if self.error is not None:
+            raise self.error
+        return [sum(job) for job in jobs]
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def batcher(gate: Gate) -> Iterator[Batcher[list[int], int]]:
+    batcher: Batcher[list[int], int] = Batcher(gate, weigh=len, max_batch=4, max_queued=6)
+    yield batcher
+    gate.open.set()
+    batcher.close(10)
+    assert not batcher.alive
+
+
+def hold(gate: Gate, batcher: Batcher[list[int], int]) -> Future[int]:
+    """Keep the thread busy with a first job."""
+    gate.open.clear()
+    first = batcher.submit([0])
+    assert gate.entered.acquire(timeout=10)
+    return first
+
+
+def test_results_reach_their_own_callers(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    futures = [batcher.submit([n, n]) for n in (1, 2, 3)]
+    gate.open.set()
+    assert first.result(10) == 0
+    assert [future.result(10) for future in futures] == [2, 4, 6]
+    assert gate.batches == [[[0]], [[1, 1], [2, 2]], [[3, 3]]], "4 by weight, and no job is split"
+
+
+def test_a_job_heavier_than_a_batch_or_the_queue_runs_alone(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    heavy = batcher.submit([1] * 10)
+    with pytest.raises(Overloaded):
+        batcher.submit([1])
+    gate.open.set()
+    assert (first.result(10), heavy.result(10)) == (0, 10)
+    assert gate.batches == [[[0]], [[1] * 10]]
+
+
+def test_a_full_queue_refuses_and_recovers(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    assert batcher.submit([5]).result(10) == 5  # so that a rate is known
+    assert gate.entered.acquire(timeout=10)
+    first = hold(gate, batcher)
+    futures = [batcher.submit([1]) for _ in range(6)]
+    with pytest.raises(Overloaded) as refused:
+        batcher.submit([1])
+    assert 1 <= refused.value.extra["retry_after"] <= 60
+    gate.open.set()
+    assert [future.result(10) for future in [first, *futures]] == [0] + [1] * 6
+    assert batcher.submit([7]).result(10) == 7
+
+
+def test_an_exception_reaches_every_caller_and_the_loop_goes_on(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    futures = [batcher.submit([1]) for _ in range(3)]
+    gate.error = NotReady("no active set")
+    gate.open.set()
+    for future in [first, *futures]:
+        with pytest.raises(NotReady, match="no active set"):
+            future.result(10)
+    gate.error = None
+    assert batcher.alive
+    assert batcher.submit([4]).result(10) == 4
+
+
+def test_too_few_results_are_an_error_not_a_wait() -> None:
+    batcher: Batcher[list[int], int] = Batcher(lambda jobs: [], weigh=len, max_batch=4, max_queued=4)
+    with pytest.raises(RuntimeError, match="one result per item"):
+        batcher.submit([1]).result(10)
+    batcher.close(10)
+
+
+def test_the_thread_dying_fails_all_and_is_seen(
+    gate: Gate, batcher: Batcher[list[int], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = hold(gate, batcher)
+    waiting = [batcher.submit([1] * 3) for _ in range(2)]
+    gate.error = SystemExit("a text")
+    gate.open.set()
+    for future in [first, *waiting]:
+        with pytest.raises(NotReady, match="died"):
+            future.result(10)
+    assert not batcher.alive
+    with pytest.raises(NotReady, match="died"):
+        batcher.submit([1])
+    assert "SystemExit" in caplog.text and "a text" not in caplog.text
+
+
+def test_a_caller_that_left_is_skipped(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    left, stays = batcher.submit([1]), batcher.submit([2])
+    assert left.cancel()
+    gate.open.set()
+    assert (first.result(10), stays.result(10)) == (0, 2)
+    assert gate.batches == [[[0]], [[2]]]
+    with pytest.raises(CancelledError):
+        left.result(0)
+
+
+def test_close_finishes_the_running_batch_and_refuses_the_rest(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    waiting = batcher.submit([1])
+    closer = threading.Thread(target=batcher.close, args=(10,))
+    closer.start()
+    with pytest.raises(NotReady, match="shutting down"):
+        waiting.result(10)
+    gate.open.set()
+    closer.join(10)
+    assert first.result(10) == 0
+    with pytest.raises(NotReady, match="shutting down"):
+        batcher.submit([1])
+
+
+def test_nothing_is_lost_under_load() -> None:
+    def run(jobs: list[list[int]]) -> list[int]:
+        time.sleep(0.0005)
+        return [sum(job) for job in jobs]
+
+    batcher: Batcher[list[int], int] = Batcher(run, weigh=len, max_batch=16, max_queued=10_000)
+    results: dict[int, int] = {}
+
+    def ask(start: int) -> None:
+        futures = [(n, batcher.submit([n])) for n in range(start, start + 100)]
+        results.update({n: future.result(20) for n, future in futures})
+
+    threads = [threading.Thread(target=ask, args=(start,)) for start in range(0, 800, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    batcher.close(10)
+    assert results == {n: n for n in range(800)}
