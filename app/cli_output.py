@@ -38,7 +38,8 @@ def stderr() -> Console:
 
 
 def stdout() -> Console:
-    return Console(highlight=False)
+    # Without a terminal rich assumes 80 columns and would break ids in two.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def emit(document: Any) -> None:
@@ -53,7 +54,7 @@ def note(message: str) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "id")
     for row in rows:
         table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     stdout().print(table)

@@ -12,7 +12,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 from tiny_models import make_tiny_model
 from worker_kit import MARKER, forget_texts, wait_for, write_retain
@@ -62,14 +63,13 @@ def context(llm: FrozenLLM, sessions: Sessions, vault: Vault, tmp_path: Path) ->
 
 def changed(context: Context, **knobs: Any) -> Context:
     """The same worker with other settings."""
-    copy = Context(
+    return Context(
         settings=context.settings.model_copy(update=knobs),
         sessions=context.sessions,
         vault=context.vault,
         llm=context.llm,
         retain=context.retain,
     )
-    return copy
 
 
 def submit(context: Context, *, texts: list[lifecycle.ForgetText] | None = None, **options: Any) -> str:
@@ -276,6 +276,21 @@ def test_an_unknown_label_ends_as_internal_with_its_type_only(context: Context) 
     request_id = submit(context)
     run_job(broken, request_id)
     assert_failed(context, request_id, "internal")
+
+
+def test_memory_that_runs_out_is_named(context: Context) -> None:
+    request_id = submit(context, num_virtual_tokens=10**13)
+    run_job(changed(context, max_attempts=1), request_id)
+    assert_failed(context, request_id, "out-of-memory")
+
+
+def test_a_database_error_that_stays_is_not_tried_for_ever(context: Context) -> None:
+    brief = changed(context, lease_seconds=1.0)
+    claim = take(context, submit(context))
+    began = time.monotonic()
+    with Heartbeat(context.sessions, claim, lease_seconds=60, every=1) as heartbeat, pytest.raises(DBAPIError):
+        tasks._Job(brief, claim, heartbeat).commit(lambda session: session.execute(text("SELECT 1 FROM nowhere")))
+    assert time.monotonic() - began < 5
 
 
 # --- a job that is stopped -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -19,8 +19,8 @@ from app.tracebacks import where
 
 log = logging.getLogger("letheon.worker")
 
-TRANSIENT = (DBAPIError, PoolTimeout)
-"""What a database says when it restarts, is locked or cannot be reached. Wrong SQL is found by tests, not by these."""
+TRANSIENT = (OperationalError, InterfaceError, PoolTimeout)
+"""What a database says when it restarts, is locked, is full or cannot be reached."""
 
 
 class Heartbeat:

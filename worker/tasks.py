@@ -172,7 +172,10 @@ class _Job:
         return retain
 
     def train(self, request: UnlearnRequest, forget: list[Example], retain: list[Example]) -> TrainingResult:
-        """Train from the last checkpoint, or from the start where it does not fit. Raises JobFailed."""
+        """Train from the last checkpoint, or from the start where it does not fit. Raises JobFailed.
+
+        The deadline is one attempt's: what earlier attempts achieved is in the checkpoint.
+        """
         config = training_config(self.settings, request.options)
         _, stack = self.read_stack()
         stored = self.commit(lambda session: job_queue.load_checkpoint(session, self.context.vault, self.claim))
@@ -307,14 +310,15 @@ class _Job:
         """``work`` in a transaction of its own, tried again while the database is away and the lease lasts.
 
         Safe to repeat: a write whose commit did happen raises LeaseLost the second time. Raises LeaseLost, and the
-        database's error once the lease is lost.
+        database's error when it stays away for the length of a lease.
         """
+        give_up = time.monotonic() + self.settings.lease_seconds
         while True:
             try:
                 with self.context.sessions.begin() as session:
                     return work(session)
             except TRANSIENT as error:
-                if self.heartbeat.lost.is_set():
+                if self.heartbeat.lost.is_set() or time.monotonic() > give_up:
                     raise
                 log.warning("%s: database away, trying again (%s)", self.claim.request_id, type(error).__name__)
             self.heartbeat.lost.wait(RETRY_SECONDS)
