@@ -12,7 +12,7 @@ import secrets
 import time
 from typing import Any
 
-from celery import Celery  # type: ignore[import-untyped]
+from celery import Celery
 from kombu.exceptions import ChannelError, KombuError
 from kombu.transport import TRANSPORT_ALIASES, filesystem
 

@@ -37,19 +37,19 @@ class Settings(BaseSettings):
     max_forget_texts: int = Field(default=4096, ge=1)
     max_classify_texts: int = Field(default=256, ge=1)
     max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")
-    max_queued_texts: int = Field(default=2048, ge=1, description="Classify texts waiting; beyond it 503 + Retry-After.")
+    max_queued_texts: int = Field(default=2048, ge=1, description="Waiting classify texts; beyond it 503.")
 
     # The frozen model
     model: str = Field(default="", description="Hub id, local directory or GGUF file. Empty = the pulled demo model.")
     adapter: str | None = Field(default=None, description="LoRA adapter directory, merged before quantization.")
     quantization: Quantization = "nf4"
     device: str = "auto"
-    template: str = Field(default="instruction-first", description="'instruction-first', 'paper', or a string with one {text}.")
+    template: str = Field(default="instruction-first", description="A name or a string with one {text}.")
     labels: list[str] = ["negative", "positive"]
     generic_labels: list[str] = ["neutral", "unknown"]
 
     # Training
-    retain: str = Field(default="", description="Retain set: JSONL/CSV/TSV/Parquet file or dataset id. Empty = demo data.")
+    retain: str = Field(default="", description="JSONL/CSV/TSV/Parquet file or dataset id. Empty = the demo's data.")
     num_virtual_tokens: int = Field(default=30, ge=1, le=1024)
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=0.5, ge=0)

@@ -64,7 +64,7 @@ class WorkerSupervisor:
             with self._lock:
                 if self._stopping.is_set():
                     return
-                environment = os.environ | {"LETHEON_EXIT_WITH_PARENT": "1"}
+                environment = os.environ | {"LETHEON_EXIT_WITH_PARENT": str(os.getpid())}
                 try:
                     self._process = subprocess.Popen(self._command, env=environment, start_new_session=True)
                 except OSError as error:  # out of processes or memory: as passing as a worker that dies

@@ -21,7 +21,7 @@ class _RecordingLayer(DynamicLayer):
     """Stores every position, also on sliding-window layers (the window is the mask's business)."""
 
     def __init__(self, is_sliding: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = is_sliding
 
 

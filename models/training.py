@@ -44,7 +44,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     # Early stop: every `check_every` steps, on all forget rows (at most `check_rows`) and as many retain rows.
     check_every: int = 25
-    check_rows: int = 128
+    check_rows: int = 96
     target_abstain: float = 0.98
     target_retain_drop: float = 0.01
 

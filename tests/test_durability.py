@@ -132,7 +132,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     worker = site.start_worker(training_deadline_seconds=SOON)
     assert site.wait_state(row.id, "active", "failed").state == "active"
 
-    # The same worker, and a message that is lost on its way: the reaper rings for it.
+    # The same worker, and a message that is lost on its way.
     lost = site.submit(fingerprint, ring=False, salt="lost ")
     assert site.wait_state(lost, "active", "failed").state == "active"
     assert worker.popen.poll() is None and len(site.prompts()) == 2
@@ -207,3 +207,11 @@ def test_a_request_that_kills_every_worker_ends(site: Site, fingerprint: str) ->
     assert row.failure is not None and row.failure["code"] == "attempts-exhausted"
     site.assert_shredded(request_id)
     assert site.prompts() == []
+
+
+def test_a_broker_that_is_down_for_good_delays_and_stops_nothing(site: Site, fingerprint: str) -> None:
+    request_id = site.submit(fingerprint, ring=False)
+    worker = site.start_worker(training_deadline_seconds=SOON, broker_url="redis://127.0.0.1:9/0")
+    assert site.wait_state(request_id, "active", "failed").state == "active"
+    assert "Cannot connect" in worker.output()
+    assert worker.terminate() == 0

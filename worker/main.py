@@ -1,7 +1,7 @@
-"""The worker process: one model, one job at a time, a reaper beside it, and Celery's solo pool as the ear.
+"""The worker process: one model, one job at a time. Celery's worker (solo pool) is the ear that hears the doorbell.
 
-Solo, because CUDA does not survive a fork and a job owns its deadline anyway. A SIGTERM or SIGINT is Celery's "warm
-shutdown", which waits for the running job; the job sees ``Context.stop``, stores a checkpoint, releases its request.
+Solo, because CUDA does not survive a fork. A SIGTERM or SIGINT is Celery's "warm shutdown"; the running job sees
+``Context.stop``, stores a checkpoint and releases its request, and the process waits for that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import threading
 import time
 from typing import Any
 
-from celery import Celery, signals
-from sqlalchemy.exc import SQLAlchemyError
+from celery import signals
 
-from app import broker, db, job_queue
+from app import broker, db
 from app.defaults import resolve_model, resolve_retain
 from app.errors import LetheonError
 from app.settings import Settings, get_settings
@@ -26,8 +25,8 @@ from app.vault import Vault
 from models.errors import ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
-from worker.heartbeat import Reaper
 from worker.tasks import Context, run_job
+from worker.threads import Reaper, Trainer
 
 log = logging.getLogger("letheon.worker")
 
@@ -38,23 +37,40 @@ ORPHAN_GRACE_SECONDS = 30.0
 def run(settings: Settings) -> int:
     """Serve training jobs until a signal; returns the exit status. Raises LetheonError, ModelError at start-up."""
     configure_logging()
-    if os.environ.get("LETHEON_EXIT_WITH_PARENT") == "1":
-        exit_with_parent()
+    parent = os.environ.get("LETHEON_EXIT_WITH_PARENT", "")
+    if parent.isdigit():
+        exit_with_parent(int(parent))
     context = prepare(settings)
     celery = broker.make_celery(settings)
-    register(celery, context)
+
+    def on_death() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(
+        context.sessions,
+        lambda request_id: run_job(context, request_id),
+        every=settings.reaper_seconds,
+        on_death=on_death,
+    )
     reaper = Reaper(
         context.sessions,
-        ring=lambda request_id: ring(celery, settings, request_id),
+        lambda request_id: broker.enqueue_training(celery, request_id, expires=settings.ring_seconds),
         every=settings.reaper_seconds,
         ring_seconds=settings.ring_seconds,
         max_attempts=settings.max_attempts,
-        on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        on_death=on_death,
     )
+
+    def train(request_id: str) -> None:
+        """The task: the id says what happened, the database says what to do."""
+        trainer.ring()
 
     def stop(**_: Any) -> None:
         context.stop.set()
+        trainer.stop()
+        reaper.stop()
 
+    celery.task(name=broker.TRAIN_TASK, ignore_result=True)(train)
     signals.worker_shutting_down.connect(stop, weak=False)
     worker = celery.Worker(
         pool="solo",
@@ -66,14 +82,16 @@ def run(settings: Settings) -> int:
         without_mingle=True,
         without_heartbeat=True,
     )
+    trainer.start()
     reaper.start()
     try:
         worker.start()
     finally:
+        stop()
         signals.worker_shutting_down.disconnect(stop)
-        reaper.stop()
+        trainer.join()  # the checkpoint is being stored
         reaper.join()
-    return 1 if reaper.crashed else int(worker.exitcode or 0)
+    return 1 if trainer.crashed or reaper.crashed else int(worker.exitcode or 0)
 
 
 def configure_logging() -> None:
@@ -115,38 +133,11 @@ def load_model(settings: Settings) -> FrozenLLM:
     )
 
 
-def register(celery: Celery, context: Context) -> None:
-    """Bind the task's name to this process's context."""
+def exit_with_parent(parent: int) -> None:
+    """Stop when process ``parent`` does, as an embedded worker must: first cooperatively, then by force.
 
-    def train(request_id: str) -> None:
-        if context.stop.is_set():
-            return  # a message that came with the signal; the row still waits and will be rung again
-        run_job(context, request_id)
-        if not context.stop.is_set():
-            ring_next(celery, context)
-
-    celery.task(name=broker.TRAIN_TASK, ignore_result=True)(train)
-
-
-def ring_next(celery: Celery, context: Context) -> None:
-    """Announce the oldest waiting request now instead of at the reaper's next round."""
-    try:
-        with context.sessions() as session:
-            request_id = job_queue.next_pending(session)
-    except SQLAlchemyError as error:
-        log.warning("the next request waits for the reaper (%s)", type(error).__name__)
-        return
-    if request_id is not None:
-        ring(celery, context.settings, request_id)
-
-
-def ring(celery: Celery, settings: Settings, request_id: str) -> bool:
-    return broker.enqueue_training(celery, request_id, expires=settings.ring_seconds)
-
-
-def exit_with_parent() -> None:
-    """Stop when the parent does, as an embedded worker must: first cooperatively, then by force."""
-    parent = os.getppid()
+    Its pid is given, not asked for: it may have died while this process was still importing torch.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -40,7 +40,7 @@ from models.examples import Example
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.training import Progress, TrainingConfig, TrainingResult, train_soft_prompt
-from worker.heartbeat import TRANSIENT, Heartbeat
+from worker.threads import TRANSIENT, Heartbeat
 
 log = logging.getLogger("letheon.worker")
 
@@ -82,8 +82,11 @@ class Context:
         object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])
 
 
-def run_job(context: Context, request_id: str) -> None:
-    """Claim a request and see it through. Never raises for a request's sake; the outcome is in the database."""
+def run_job(context: Context, request_id: str) -> bool:
+    """Claim a request and see it through; False when there was nothing to claim.
+
+    Never raises for a request's sake; the outcome is in the database.
+    """
     settings = context.settings
     try:
         with context.sessions.begin() as session:
@@ -95,11 +98,11 @@ def run_job(context: Context, request_id: str) -> None:
                 max_attempts=settings.max_attempts,
             )
     except TRANSIENT as error:
-        log.warning("%s: not claimed, it will be rung again (%s)", request_id, type(error).__name__)
-        return
+        log.warning("%s: not claimed, it waits on (%s)", request_id, type(error).__name__)
+        return False
     if claim is None:
         log.info("%s: nothing to do, it is taken, ended or unknown", request_id)
-        return
+        return False
     log.info("%s: attempt %d starts", request_id, claim.attempt)
     try:
         with Heartbeat(
@@ -111,6 +114,7 @@ def run_job(context: Context, request_id: str) -> None:
     except Exception as error:
         # Nothing is hidden: type and frames are logged, and the request is still owed to the client (see above).
         log.error("%s: attempt %d broke off, left to its lease: %s", request_id, claim.attempt, where(error))
+    return True
 
 
 class _Job:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from hashlib import sha256
 
 import sqlalchemy as sa
-
 from alembic import op
 
 revision = "0001"

@@ -1,4 +1,10 @@
-"""The two threads of a worker: a heartbeat that keeps one job's lease, and the reaper that keeps the queue moving."""
+"""The threads of a worker beside Celery's: the trainer does the jobs, a heartbeat keeps one job's lease, the reaper keeps
+the queue moving.
+
+Jobs do not run inside Celery's task: a consumer that is busy for minutes misses that its broker went away, and stays deaf
+afterwards (an acknowledgement that failed counts against the prefetch limit for ever). So the task only rings a bell, and
+the trainer looks into the database by itself as well: with a broker that is down or deaf, work is late and never lost.
+"""
 
 from __future__ import annotations
 
@@ -76,49 +82,93 @@ class Heartbeat:
                 self.cancelled.set()
 
 
-class Reaper(threading.Thread):
-    """Every ``every`` seconds: reclaim expired leases, then ring for what waits.
+class _Service(threading.Thread):
+    """A thread that must not die unnoticed: an error that ``work`` does not expect ends the process.
 
-    A round that fails because of the database is logged and the next one tries again. Any other error is a bug:
-    ``on_death`` is called, so that the process ends and its supervisor starts a sound one.
+    ``on_death`` is called for that, and a supervisor starts a sound process. ``bell`` cuts a pause short.
     """
+
+    def __init__(self, name: str, *, every: float, on_death: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.crashed = False
+        self._every = every
+        self._on_death = on_death
+        self._bell = threading.Event()
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._end.is_set():
+                self._bell.clear()
+                try:
+                    self.work()
+                except SQLAlchemyError as error:
+                    log.warning("%s: the database failed, trying again (%s)", self.name, type(error).__name__)
+                self._bell.wait(self._every)
+        except Exception as error:
+            self.crashed = True
+            log.critical("%s: died, ending the process: %s", self.name, where(error))
+            self._on_death()
+
+    def work(self) -> None:
+        """What is done at every ring and every ``every`` seconds. A SQLAlchemyError is for the next time."""
+        raise NotImplementedError
+
+    def ring(self) -> None:
+        """There may be something to do."""
+        self._bell.set()
+
+    def stop(self) -> None:
+        """End the thread once its current ``work`` is done."""
+        self._end.set()
+        self._bell.set()
+
+
+class Trainer(_Service):
+    """Runs waiting requests one after another, oldest first. ``job`` says whether it got the request it was given."""
 
     def __init__(
         self,
         sessions: sessionmaker[Session],
+        job: Callable[[str], bool],
         *,
-        ring: Callable[[str], object],
+        every: float,
+        on_death: Callable[[], None],
+    ) -> None:
+        super().__init__("trainer", every=every, on_death=on_death)
+        self._sessions = sessions
+        self._job = job
+
+    def work(self) -> None:
+        missed = None
+        while not self._end.is_set():
+            with self._sessions() as session:
+                request_id = job_queue.next_pending(session)
+            if request_id is None or request_id == missed:
+                return  # nothing waits, or nothing that can be had now
+            missed = None if self._job(request_id) else request_id
+
+
+class Reaper(_Service):
+    """Reclaims expired leases, then rings for what waits."""
+
+    def __init__(
+        self,
+        sessions: sessionmaker[Session],
+        announce: Callable[[str], object],
+        *,
         every: float,
         ring_seconds: float,
         max_attempts: int,
         on_death: Callable[[], None],
     ) -> None:
-        super().__init__(name="reaper", daemon=True)
-        self.crashed = False
+        super().__init__("reaper", every=every, on_death=on_death)
         self._sessions = sessions
-        self._ring = ring
-        self._every = every
+        self._announce = announce
         self._ring_seconds = ring_seconds
         self._max_attempts = max_attempts
-        self._on_death = on_death
-        self._end = threading.Event()
 
-    def run(self) -> None:
-        try:
-            while True:
-                try:
-                    self.round()
-                except SQLAlchemyError as error:
-                    log.warning("reaper: round failed, trying again (%s)", type(error).__name__)
-                if self._end.wait(self._every):
-                    return
-        except Exception as error:
-            self.crashed = True
-            log.critical("reaper: died, ending the process: %s", where(error))
-            self._on_death()
-
-    def round(self) -> None:
-        """One pass over the queue. Raises SQLAlchemyError."""
+    def work(self) -> None:
         with self._sessions.begin() as session:
             reaped = job_queue.reap(session, max_attempts=self._max_attempts)
         for request_id in reaped:
@@ -126,8 +176,4 @@ class Reaper(threading.Thread):
         with self._sessions.begin() as session:
             due = job_queue.ring_due(session, ring_seconds=self._ring_seconds)
         for request_id in due:  # after the commit: a message must never be ahead of its row
-            self._ring(request_id)
-
-    def stop(self) -> None:
-        """End the thread after its current round."""
-        self._end.set()
+            self._announce(request_id)

@@ -1,4 +1,4 @@
-"""The worker's two threads: what a dead database, a lost lease or a bug does to them."""
+"""The worker's threads: what a dead database, a lost lease or a bug does to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worker_kit import wait_for
 
 from app import db, lifecycle
 from app.vault import Vault
-from worker.heartbeat import Heartbeat, Reaper
+from worker.threads import Heartbeat, Reaper, Trainer
 
 Sessions = sessionmaker[Session]
 
@@ -24,7 +24,7 @@ def dead_database(folder: Path) -> Sessions:
 
 
 def make_reaper(sessions: Sessions, rung: list[str], died: threading.Event, *, attempts: int = 3) -> Reaper:
-    return Reaper(sessions, ring=rung.append, every=0.05, ring_seconds=0.2, max_attempts=attempts, on_death=died.set)
+    return Reaper(sessions, rung.append, every=0.05, ring_seconds=0.2, max_attempts=attempts, on_death=died.set)
 
 
 def test_the_heartbeat_keeps_a_lease(sessions: Sessions, vault: Vault) -> None:
@@ -84,7 +84,7 @@ def test_the_reaper_ends_what_is_out_of_attempts(sessions: Sessions, vault: Vaul
     spent = submit(sessions, vault)
     must_take(sessions, spent, lease=0.01, attempts=1)
     time.sleep(0.05)
-    make_reaper(sessions, [], threading.Event(), attempts=1).round()
+    make_reaper(sessions, [], threading.Event(), attempts=1).work()
     with sessions() as session:
         row = lifecycle.get_request(session, spent)
     assert row.state == "failed" and row.failure is not None and row.failure["code"] == "attempts-exhausted"
@@ -107,8 +107,44 @@ def test_a_bug_in_the_reaper_is_announced(sessions: Sessions, vault: Vault, capl
     def broken(request_id: str) -> None:
         raise ValueError(f"a message that must not be logged: {request_id}")
 
-    reaper = Reaper(sessions, ring=broken, every=0.05, ring_seconds=1, max_attempts=3, on_death=died.set)
+    reaper = Reaper(sessions, broken, every=0.05, ring_seconds=1, max_attempts=3, on_death=died.set)
     reaper.start()
     assert died.wait(5) and reaper.crashed
     reaper.join(5)
     assert "ValueError <" in caplog.text and "must not be logged" not in caplog.text
+
+
+def test_the_trainer_takes_the_oldest_first_and_goes_on_without_a_ring(sessions: Sessions, vault: Vault) -> None:
+    done: list[str] = []
+
+    def job(request_id: str) -> bool:
+        must_take(sessions, request_id)
+        done.append(request_id)
+        return True
+
+    first, second = submit(sessions, vault), submit(sessions, vault)
+    trainer = Trainer(sessions, job, every=60, on_death=lambda: None)
+    trainer.start()
+    wait_for(lambda: done == [first, second], "both jobs")
+    third = submit(sessions, vault)
+    trainer.ring()
+    wait_for(lambda: done == [first, second, third], "the bell to be heard")
+    trainer.stop()
+    trainer.join(5)
+    assert not trainer.is_alive()
+
+
+def test_the_trainer_does_not_spin_on_a_request_it_cannot_have(sessions: Sessions, vault: Vault) -> None:
+    tried: list[str] = []
+
+    def job(request_id: str) -> bool:
+        tried.append(request_id)
+        return False
+
+    submit(sessions, vault)
+    trainer = Trainer(sessions, job, every=0.2, on_death=lambda: None)
+    trainer.start()
+    time.sleep(1)
+    trainer.stop()
+    trainer.join(5)
+    assert 2 <= len(tried) <= 6
