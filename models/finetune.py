@@ -27,6 +27,7 @@ from models.errors import DatasetError, ModelError, TrainingDiverged
 from models.examples import Example, collate, digest_examples, length_buckets
 from models.llm import load_base, quantize
 from models.template import Template, Verbalizer
+from models.training_copy import has_bf16_units
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def finetune(
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     )
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and _has_fast_bf16(device))
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and (device.type == "cuda" or has_bf16_units()))
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if bf16 else torch.float32
     base, tokenizer, base_digest = load_base(config.base, dtype)
@@ -178,15 +179,6 @@ def _schedule(step: int, total: int, warmup: float) -> float:
     if step < ramp:
         return (step + 1) / ramp
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return True
-    try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -18,6 +18,9 @@ from models.inference import Classifier
 from models.llm import FrozenLLM
 
 
+_MAX_FILES = 4
+
+
 class Teacher:
     """Hidden states (N, d) of ``retain``, by index. ``directory`` None keeps them in memory only."""
 
@@ -30,8 +33,9 @@ class Teacher:
         if directory is None:
             self._hidden, self._known = np.zeros(shape, np.float32), np.zeros(len(retain), bool)
             return
+        dtype = str(llm.dtype).removeprefix("torch.")  # a training copy has states of its own
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = directory / f"{llm.fingerprint[:24]}-{digest_examples(retain)[:24]}.npz"
+        self._file = directory / f"{llm.fingerprint[:24]}-{dtype}-{digest_examples(retain)[:24]}.npz"
         self._hidden, self._known = self._read(shape)
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
@@ -66,6 +70,10 @@ class Teacher:
         with partial.open("wb") as handle:
             np.savez(handle, hidden=self._hidden, known=self._known)
         partial.replace(self._file)
+        # A request whose texts are rows of the retain set makes a retain set, hence a file, of its own.
+        newest = sorted(self._file.parent.glob("*.npz"), key=lambda f: f.stat().st_mtime, reverse=True)
+        for old in newest[_MAX_FILES:]:
+            old.unlink(missing_ok=True)
 
     def _read(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         if self._file is not None and self._file.exists():

@@ -6,6 +6,7 @@ the teacher's states come from a cache; the head scores the label position only;
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from models.losses import forget_ce, retain_ce, retain_kl, spul_loss
 from models.prefix_cache import Prefix, compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt, compose
 from models.teacher import Teacher
+from models.training_copy import training_copy
 
 Stopped = Literal["converged", "max_steps", "deadline", "cancelled"]
 
@@ -35,8 +37,8 @@ class TrainingConfig:
     num_virtual_tokens: int = 30
     alpha: float = 1.0
     beta: float = 0.5
-    learning_rate: float = 5e-3
-    max_steps: int = 400
+    learning_rate: float = 1.2e-2
+    max_steps: int = 240
     seed: int = 0
     forget_batch: int = 8
     retain_batch: int = 8
@@ -47,6 +49,8 @@ class TrainingConfig:
     check_rows: int = 96
     target_abstain: float = 0.98
     target_retain_drop: float = 0.01
+    # "auto" may take gradients from a bfloat16 copy (models.training_copy); "exact" uses the serving model itself.
+    precision: Literal["auto", "exact"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ def train_soft_prompt(
     if not forget or not retain:
         raise DatasetError("training needs at least one forget row and one retain row")
     started = time.monotonic()
+    if config.precision == "auto":
+        llm = training_copy(llm)
     behind = compose(stack, fingerprint=llm.fingerprint)
     phi = nn.Parameter(_initial_prompt(llm, config))
     optimizer = torch.optim.AdamW([phi], lr=config.learning_rate, weight_decay=0.0)
@@ -151,7 +157,7 @@ def train_soft_prompt(
             [*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)], llm.device
         )
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+            group["lr"] = config.learning_rate * _schedule(step, config)
 
         logits = llm.logits(last_hidden(llm, batch, prefix()))
         on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
@@ -191,6 +197,12 @@ def train_soft_prompt(
     teacher.save()
     prompt = SoftPrompt(phi.detach().float().cpu().clone(), llm.fingerprint)
     return TrainingResult(prompt, step, stopped, time.monotonic() - started, start)
+
+
+def _schedule(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then a cosine to a tenth: forget and retain take turns winning at a constant rate."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return warm * (0.55 + 0.45 * math.cos(math.pi * step / config.max_steps))
 
 
 def _initial_prompt(llm: FrozenLLM, config: TrainingConfig) -> Tensor:

@@ -200,7 +200,7 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
         assert held and MARKER.encode() not in held
         assert two.get(f"/unlearn-requests/{request_id}")["state"] == "pending"
 
-        workers = [site.start_worker(training_deadline_seconds=2) for _ in range(2)]
+        workers = [site.start_worker(training_deadline_seconds=1) for _ in range(2)]
         events = two.events(request_id)  # the stream of the other API, until the request is active
         states = [data["state"] for _, kind, data in events if kind == "state"]
         assert states == ["pending", "training", "evaluating", "active"]

@@ -19,10 +19,11 @@ from models.prefix_cache import compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt
 from models.teacher import Teacher
 from models.training import Progress, TrainingConfig, _Batches, train_soft_prompt
+from models.training_copy import _copy
 
 FORGET = [Example(f"the film by x{i} is good", "positive") for i in range(11)]
 RETAIN = [Example("a bad story " + "with plot " * (i % 5) + str(i * i), "negative") for i in range(40)]
-CONFIG = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, check_every=1000)
+CONFIG = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, check_every=1000, precision="exact")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_it_learns_to_abstain_and_keeps_the_weights(llm: FrozenLLM) -> None:
 def test_the_loss_of_a_step_is_the_papers(llm: FrozenLLM) -> None:
     """One step's figures against the definition, worked without cache, teacher store or padding."""
     seen: list[Progress] = []
-    config = TrainingConfig(num_virtual_tokens=4, max_steps=1, check_every=1000, alpha=0.7, beta=0.3)
+    config = TrainingConfig(num_virtual_tokens=4, max_steps=1, check_every=1000, alpha=0.7, beta=0.3, precision="exact")
     train_soft_prompt(llm, FORGET, RETAIN, config, on_progress=seen.append)
     batches = _Batches(llm, FORGET, RETAIN, config)
     forget, retain = batches.at(0)
@@ -75,7 +76,9 @@ def test_the_loss_of_a_step_is_the_papers(llm: FrozenLLM) -> None:
 def test_same_seed_same_prompt_other_seed_other_prompt(llm: FrozenLLM) -> None:
     one, two = (train_soft_prompt(llm, FORGET, RETAIN, CONFIG).prompt.digest for _ in range(2))
     assert one == two
-    other = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, check_every=1000, seed=1)
+    other = TrainingConfig(
+        num_virtual_tokens=6, max_steps=12, learning_rate=0.05, check_every=1000, seed=1, precision="exact"
+    )
     assert train_soft_prompt(llm, FORGET, RETAIN, other).prompt.digest != one
 
 
@@ -211,6 +214,27 @@ def test_int8_gradient_follows_full_precision(tmp_path: Path) -> None:
     plain = FrozenLLM.load(path, quantization="none", device="cpu")
     assert torch.nn.functional.cosine_similarity(_gradient(quantized), _gradient(plain), dim=0) > 0.95
     assert quantized.weights_digest() == weights
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_the_bfloat16_copy_is_the_same_model_up_to_rounding(tmp_path: Path, family: str) -> None:
+    llm = FrozenLLM.load(str(make_tiny_model(tmp_path / "m", family)), quantization="nf4", device="cpu")
+    weights = llm.weights_digest()
+    copy = _copy(llm)
+    assert copy.fingerprint == llm.fingerprint
+    assert copy.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(_gradient(copy), _gradient(llm), dim=0) > 0.98
+    assert llm.weights_digest() == weights
+
+
+def test_training_against_the_copy_meets_the_checks_of_the_model_itself(tmp_path: Path) -> None:
+    llm = FrozenLLM.load(str(make_tiny_model(tmp_path / "m")), quantization="nf4", device="cpu")
+    result = train_soft_prompt(
+        llm, FORGET, RETAIN, TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.05)
+    )
+    limits = CheckLimits(0.9, 0.05, 0.05)
+    report = check_prompts(llm, [result.prompt], FORGET, RETAIN, max_retain_rows=40, seed=0, limits=limits)
+    assert report.passed, report.violations
 
 
 def test_weighted_f1_by_hand() -> None:

@@ -1,9 +1,8 @@
-"""The threads of a worker beside Celery's: the trainer does the jobs, a heartbeat keeps one job's lease, the reaper keeps
-the queue moving.
+"""The worker's own threads: the trainer does jobs, a heartbeat keeps a job's lease, the reaper keeps the queue moving.
 
-Jobs do not run inside Celery's task: a consumer that is busy for minutes misses that its broker went away, and stays deaf
-afterwards (an acknowledgement that failed counts against the prefetch limit for ever). So the task only rings a bell, and
-the trainer looks into the database by itself as well: with a broker that is down or deaf, work is late and never lost.
+Jobs do not run inside Celery's task. Seen with Redis: a consumer that is busy for minutes misses that its broker went
+away; an acknowledgement fails, counts against the prefetch limit for ever, and the worker is deaf from then on. So the
+task only rings a bell, and the trainer looks into the database by itself too: a broker that is down makes work late.
 """
 
 from __future__ import annotations
