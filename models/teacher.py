@@ -17,7 +17,6 @@ from models.examples import Example, digest_examples
 from models.inference import Classifier
 from models.llm import FrozenLLM
 
-
 _MAX_FILES = 4
 
 
