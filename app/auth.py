@@ -53,13 +53,17 @@ AdminCaller = Annotated[Caller, Security(authorize, scopes=["admin"])]
 
 
 def create_first_key(sessions: sessionmaker[Session]) -> str | None:
-    """The plaintext of a new key with every scope when the database has no key at all, else None."""
+    """The plaintext of a new key with every scope when the database has no key in force, else None."""
+
+    def in_force(session: Session) -> int:
+        return sum(key.revoked_at is None for key in keys.list_keys(session))
+
     with sessions() as session:
-        if keys.list_keys(session):
+        if in_force(session):
             return None
         _, plaintext = keys.create_key(session, name="first-key", scopes=keys.SCOPES, actor="system")
         # Creating a key takes the audit lock, so of two first starts the second sees the first one's key here.
-        if len(keys.list_keys(session)) > 1:
+        if in_force(session) > 1:
             session.rollback()
             return None
         session.commit()

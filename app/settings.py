@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     num_virtual_tokens: int = Field(default=30, ge=1, le=1024)
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=0.5, ge=0)
-    learning_rate: float = Field(default=1.2e-2, gt=0)
-    max_steps: int = Field(default=240, ge=1)
+    learning_rate: float = Field(default=3e-2, gt=0)
+    max_steps: int = Field(default=280, ge=1)
     seed: int = 0
     training_deadline_seconds: float = Field(default=3600.0, gt=0)
     checkpoint_seconds: float = Field(default=20.0, gt=0)

@@ -108,7 +108,7 @@ def run(settings: Settings, person: str, *, keep: bool) -> int:
             before = classify(client, groups)
             console.print(f"\n[bold]The request.[/] Forget {len(groups.forget)} review sentences that name {person}.")
             submitted = time.monotonic()
-            request, seconds_to_active = forget(client, groups.forget, f"{REASON}: {person}", submitted)
+            request, seconds_to_active = forget(client, groups.forget, REASON, submitted)
             active = request["state"] == "active"
             after = classify(client, groups) if active else {}
             report = {
@@ -342,10 +342,11 @@ def describe_model(settings: Settings) -> str:
 
 def show(groups: Groups, before: dict[str, list[str]], after: dict[str, list[str]], report: dict[str, Any]) -> None:
     texts = Table(title="\nThe same texts, before and after", title_justify="left")
-    texts.add_column("forget?", min_width=7)
-    texts.add_column("text", no_wrap=True, overflow="ellipsis")
+    texts.add_column("forget?", width=7)
+    # Fixed widths: a long text that must not wrap would otherwise squeeze the other columns to nothing.
+    texts.add_column("text", no_wrap=True, overflow="ellipsis", width=max(20, console.width - 47))
     for column in ("truth", "before", "after"):
-        texts.add_column(column, min_width=8)
+        texts.add_column(column, width=8)
     for name, mark, count in (("forget", "yes", 5), ("retain", "no", 2), ("held_out", "no", 2)):
         group = dict(groups.items())[name]
         for i in range(min(count, len(group))):

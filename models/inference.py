@@ -13,9 +13,7 @@ from models.examples import collate, length_buckets
 from models.llm import FrozenLLM
 from models.prefix_cache import Prefix, compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt, compose
-
-ABSTAIN = "unknown"
-"""The answer when the generic labels win."""
+from models.template import ABSTAIN
 
 _MAX_PREFIXES = 8  # active sets kept warm; a revoke or activate needs two
 

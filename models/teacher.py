@@ -6,8 +6,11 @@ gives the very same log-probabilities back. Rows are filled when a step first ne
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor
 from models.examples import Example, digest_examples
 from models.inference import Classifier
 from models.llm import FrozenLLM
+
+log = logging.getLogger("letheon.models")
 
 _MAX_FILES = 4
 
@@ -29,6 +34,7 @@ class Teacher:
         self._classifier = Classifier(llm)
         shape = (len(retain), llm.hidden_size)
         self._file: Path | None = None
+        self._dirty = False
         if directory is None:
             self._hidden, self._known = np.zeros(shape, np.float32), np.zeros(len(retain), bool)
             return
@@ -44,6 +50,7 @@ class Teacher:
             states = self._classifier.hidden([self.retain[i].text for i in missing])
             self._hidden[missing] = states.float().cpu().numpy()
             self._known[missing] = True
+            self._dirty = True
         return torch.from_numpy(self._hidden[list(indices)]).to(self.llm.device)
 
     def logits(self, indices: Sequence[int]) -> Tensor:
@@ -63,20 +70,35 @@ class Teacher:
 
     def save(self) -> None:
         """Keep what is known for the next request. Two workers may both write: the last one wins, both are right."""
-        if self._file is None:
+        if self._file is None or not self._dirty:
             return
-        partial = self._file.with_name(f"{self._file.stem}.{np.random.default_rng().integers(1 << 62):x}.partial")
-        with partial.open("wb") as handle:
+        self._dirty = False
+        # A cache: a full disk costs the next request some time, not this one its outcome.
+        try:
+            self._write(self._file)
+        except OSError as error:
+            log.warning("the teacher's states are not kept (%s)", type(error).__name__)
+
+    def _write(self, file: Path) -> None:
+        partial = file.with_name(f"{file.stem}.{np.random.default_rng().integers(1 << 62):x}.partial")
+        with open(partial, "xb", opener=_private) as handle:
             np.savez(handle, hidden=self._hidden, known=self._known)
-        partial.replace(self._file)
+        partial.replace(file)
         # A request whose texts are rows of the retain set makes a retain set, hence a file, of its own.
-        newest = sorted(self._file.parent.glob("*.npz"), key=lambda f: f.stat().st_mtime, reverse=True)
-        for old in newest[_MAX_FILES:]:
-            old.unlink(missing_ok=True)
+        files = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(file.parent) if entry.is_file()]
+        for _, old in sorted(files, reverse=True)[_MAX_FILES:]:
+            Path(old).unlink(missing_ok=True)
 
     def _read(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         if self._file is not None and self._file.exists():
-            with np.load(self._file, allow_pickle=False) as stored:
-                if stored["hidden"].shape == shape and stored["known"].shape == shape[:1]:
-                    return stored["hidden"], stored["known"]
+            try:
+                with np.load(self._file, allow_pickle=False) as stored:
+                    if stored["hidden"].shape == shape and stored["known"].shape == shape[:1]:
+                        return stored["hidden"], stored["known"]
+            except (OSError, ValueError, KeyError, BadZipFile):
+                log.warning("%s is damaged and is made anew", self._file.name)
         return np.zeros(shape, np.float32), np.zeros(shape[0], bool)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from models.errors import InvalidTemplate, InvalidVerbalizer
 
+ABSTAIN = "unknown"
+"""The answer when the generic labels win."""
+
 TEMPLATES = {
     # The wording of the SPUL authors' code (arXiv 2406.12038).
     "paper": "### Text: {text}\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment:",
@@ -78,6 +81,8 @@ class Verbalizer:
         """Raises InvalidVerbalizer when a word is not a single token or words collide."""
         if len(labels) < 2 or not generic_labels:
             raise InvalidVerbalizer("a verbalizer needs at least two labels and one generic label")
+        if ABSTAIN in labels:
+            raise InvalidVerbalizer(f"{ABSTAIN!r} is the answer of abstaining and cannot be a label")
         ids = {word: cls._token_of(word, tokenizer) for word in (*labels, *generic_labels)}
         if len(set(ids.values())) != len(labels) + len(generic_labels):
             raise InvalidVerbalizer(f"label words must be distinct tokens, got {ids}")

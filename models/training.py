@@ -37,8 +37,8 @@ class TrainingConfig:
     num_virtual_tokens: int = 30
     alpha: float = 1.0
     beta: float = 0.5
-    learning_rate: float = 1.2e-2
-    max_steps: int = 240
+    learning_rate: float = 3e-2
+    max_steps: int = 280
     seed: int = 0
     forget_batch: int = 8
     retain_batch: int = 8
@@ -129,11 +129,13 @@ def train_soft_prompt(
     phi = nn.Parameter(_initial_prompt(llm, config))
     optimizer = torch.optim.AdamW([phi], lr=config.learning_rate, weight_decay=0.0)
     batches = _Batches(llm, forget, retain, config)
-    llm.check_fits([*batches.forget_rows, *batches.retain_rows], len(phi) + (0 if behind is None else len(behind)))
+    prefix_length = len(phi) + (0 if behind is None else len(behind)) + len(llm.template.head_ids)
+    llm.check_fits([*batches.forget_rows, *batches.retain_rows], prefix_length)
     teacher = Teacher(llm, retain, teacher_dir)
     parameters = {"phi": phi}
     run = {
         "fingerprint": llm.fingerprint,
+        "dtype": str(llm.dtype),  # a run begun against a bfloat16 copy does not go on against the exact model
         "config": asdict(config),
         "data": digest_examples([*forget, *retain]),
         "stack": [p.digest for p in stack],
@@ -206,10 +208,16 @@ def _schedule(step: int, config: TrainingConfig) -> float:
 
 
 def _initial_prompt(llm: FrozenLLM, config: TrainingConfig) -> Tensor:
-    """Embeddings of random vocabulary words: on the model's own scale, unlike a Gaussian (Lester et al. 2021, §3.2)."""
+    """Embeddings of the label words, then of random vocabulary words (Lester et al. 2021, §3.2: class labels do best).
+
+    On the model's own scale, unlike a Gaussian, and the generic words are within reach from the first step.
+    """
     generator = torch.Generator().manual_seed(config.seed)
-    ids = torch.randint(llm.embed.num_embeddings, (config.num_virtual_tokens,), generator=generator)
-    return llm.embed.weight.detach()[ids.to(llm.device)].float().clone()
+    words = [*llm.verbalizer.generic_ids, *llm.verbalizer.label_ids]
+    labels = torch.tensor(words * config.num_virtual_tokens)[: config.num_virtual_tokens // 2]
+    others = torch.randint(llm.embed.num_embeddings, (config.num_virtual_tokens - len(labels),), generator=generator)
+    # Through the module: Gemma's scales what it looks up.
+    return llm.embed(torch.cat([others, labels]).to(llm.device)).detach().float().clone()
 
 
 class _Batches:
@@ -243,11 +251,17 @@ class _Batches:
         forget = buckets[int(torch.randperm(len(buckets), generator=shuffle)[index])]
         longest = max(self._forget_lengths[i] for i in forget)
         draw = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) ^ 0x5EED)
-        # Half from anywhere up to this length, half among the longest that fit: all lengths are seen, little padding.
+        # Half from anywhere, so that every length is seen; half of no more than this step's length, for little padding.
+        anywhere = self.config.retain_batch // 2
         fits = max(
             int(torch.searchsorted(self._retain_lengths, longest, right=True)), min(64, len(self._retain_lengths))
         )
-        picked = torch.randint(fits, (self.config.retain_batch,), generator=draw)
+        picked = torch.cat(
+            [
+                torch.randint(len(self._retain_lengths), (anywhere,), generator=draw),
+                torch.randint(fits, (self.config.retain_batch - anywhere,), generator=draw),
+            ]
+        )
         return forget, self._retain_by_length[picked].tolist()
 
 

@@ -18,7 +18,7 @@ from models.llm import FrozenLLM
 from models.prefix_cache import compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt
 from models.teacher import Teacher
-from models.training import Progress, TrainingConfig, _Batches, train_soft_prompt
+from models.training import Progress, TrainingConfig, _Batches, _initial_prompt, train_soft_prompt
 from models.training_copy import _copy
 
 FORGET = [Example(f"the film by x{i} is good", "positive") for i in range(11)]
@@ -52,8 +52,7 @@ def test_the_loss_of_a_step_is_the_papers(llm: FrozenLLM) -> None:
     train_soft_prompt(llm, FORGET, RETAIN, config, on_progress=seen.append)
     batches = _Batches(llm, FORGET, RETAIN, config)
     forget, retain = batches.at(0)
-    ids = torch.randint(llm.embed.num_embeddings, (4,), generator=torch.Generator().manual_seed(config.seed))
-    phi, head = llm.embed.weight[ids], list(llm.template.head_ids)
+    phi, head = _initial_prompt(llm, config), list(llm.template.head_ids)
 
     def log_probs(row: list[int], prompt: torch.Tensor | None) -> torch.Tensor:
         tokens = llm.embed(torch.tensor([*head, *row]))
@@ -146,6 +145,33 @@ def test_every_step_sees_forget_and_retain_rows_of_like_length(llm: FrozenLLM) -
         seen.update(forget)
     assert seen == set(range(len(FORGET)))
     assert batches.at(7) == batches.at(7)
+
+
+def test_every_retain_length_can_be_drawn(llm: FrozenLLM) -> None:
+    retain = [*RETAIN, Example("a bad story " * 12, "negative")]  # longer than any forget row
+    batches = _Batches(llm, FORGET, retain, CONFIG)
+    drawn = {i for step in range(200) for i in batches.at(step)[1]}
+    assert drawn == set(range(len(retain)))
+
+
+def test_a_row_that_only_the_template_head_pushes_over_the_limit_is_refused(llm: FrozenLLM) -> None:
+    room = llm.max_positions - CONFIG.num_virtual_tokens - len(llm.template.tail_ids)
+    text = "good " * (room - 1)
+    assert llm.count_tokens(text) + len(llm.template.head_ids) > room >= llm.count_tokens(text)
+    with pytest.raises(TextTooLong):
+        train_soft_prompt(llm, [Example(text.strip())], RETAIN, CONFIG)
+
+
+def test_a_damaged_teacher_file_is_made_anew(llm: FrozenLLM, tmp_path: Path) -> None:
+    teacher = Teacher(llm, RETAIN, tmp_path)
+    wanted = teacher.hidden([1])
+    teacher.save()
+    (file,) = tmp_path.glob("*.npz")
+    assert file.stat().st_mode & 0o077 == 0
+    file.write_bytes(file.read_bytes()[:100])
+    again = Teacher(llm, RETAIN, tmp_path)
+    assert not again._known.any()
+    torch.testing.assert_close(again.hidden([1]), wanted)
 
 
 def test_training_behind_a_stack_depends_on_it_and_leaves_it_alone(llm: FrozenLLM) -> None:

@@ -114,7 +114,12 @@ def prepare(settings: Settings) -> Context:
     db.check_schema(engine)
     vault = Vault.from_settings(settings)
     llm = load_model(settings)
-    retain = read_examples(resolve_retain(settings), labels=settings.labels)
+    rows = read_examples(resolve_retain(settings), labels=settings.labels)
+    lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
+    # A retain row longer than any text the service takes would only make every step slower, or not fit at all.
+    retain = [row for row, length in zip(rows, lengths, strict=True) if length <= settings.max_text_tokens]
+    if len(retain) < len(rows):
+        log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), settings.max_text_tokens)
     log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
     return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
 
