@@ -92,7 +92,7 @@ class Teacher:
     def _read(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         if self._file is not None and self._file.exists():
             try:
-                with np.load(self._file, allow_pickle=False) as stored:
+                with self._file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                     if stored["hidden"].shape == shape and stored["known"].shape == shape[:1]:
                         return stored["hidden"], stored["known"]
             except (OSError, ValueError, KeyError, BadZipFile):
