@@ -217,7 +217,8 @@ def _initial_prompt(llm: FrozenLLM, config: TrainingConfig) -> Tensor:
     labels = torch.tensor(words * config.num_virtual_tokens)[: config.num_virtual_tokens // 2]
     others = torch.randint(llm.embed.num_embeddings, (config.num_virtual_tokens - len(labels),), generator=generator)
     # Through the module: Gemma's scales what it looks up.
-    return llm.embed(torch.cat([others, labels]).to(llm.device)).detach().float().clone()
+    rows: Tensor = llm.embed(torch.cat([others, labels]).to(llm.device))
+    return rows.detach().float().clone()
 
 
 class _Batches:
