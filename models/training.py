@@ -44,11 +44,12 @@ class TrainingConfig:
     retain_batch: int = 8
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
+    mean_weight: float = 0.04  # of the newest φ in the running mean that is kept
     # Early stop: every `check_every` steps, on all forget rows (at most `check_rows`) and as many retain rows.
     check_every: int = 25
     check_rows: int = 96
     target_abstain: float = 0.98
-    target_retain_drop: float = 0.01
+    target_retain_drop: float = 0.015
     # "auto" may take gradients from a bfloat16 copy (models.training_copy); "exact" uses the serving model itself.
     precision: Literal["auto", "exact"] = "auto"
 
@@ -132,7 +133,9 @@ def train_soft_prompt(
     prefix_length = len(phi) + (0 if behind is None else len(behind)) + len(llm.template.head_ids)
     llm.check_fits([*batches.forget_rows, *batches.retain_rows], prefix_length)
     teacher = Teacher(llm, retain, teacher_dir)
-    parameters = {"phi": phi}
+    # What is checked and kept is the running mean of φ: forget and retain take turns winning, their mean does both.
+    mean = nn.Parameter(phi.detach().clone(), requires_grad=False)
+    parameters = {"phi": phi, "mean": mean}
     run = {
         "fingerprint": llm.fingerprint,
         "dtype": str(llm.dtype),  # a run begun against a bfloat16 copy does not go on against the exact model
@@ -142,8 +145,8 @@ def train_soft_prompt(
     }
     start = int(checkpoint.unpack(resume, parameters, optimizer, expect=run)["step"]) if resume else 0
 
-    def prefix() -> Prefix | None:
-        return compute_prefix(llm, phi if behind is None else torch.cat([behind.to(phi.device), phi]))
+    def prefix(soft: Tensor) -> Prefix | None:
+        return compute_prefix(llm, soft if behind is None else torch.cat([behind.to(soft.device), soft]))
 
     running, step, saved_at = _Running(), start, time.monotonic()
     stopped: Stopped = "max_steps"
@@ -161,7 +164,7 @@ def train_soft_prompt(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
 
-        logits = llm.logits(last_hidden(llm, batch, prefix()))
+        logits = llm.logits(last_hidden(llm, batch, prefix(phi)))
         on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
         terms = (
             forget_ce(on_forget, batches.generic_ids[forget_rows]),
@@ -177,10 +180,12 @@ def train_soft_prompt(
         optimizer.step()
 
         step += 1
+        with torch.no_grad():
+            mean.lerp_(phi, max(config.mean_weight, 1 / step))
         running.update([float(t.detach()) for t in (loss, *terms)], step - start)
         converged = False
         if step % config.check_every == 0:
-            running.abstain, running.retain, before = _check(llm, prefix, batches, teacher, config)
+            running.abstain, running.retain, before = _check(llm, prefix(mean), batches, teacher, config)
             converged = (
                 running.abstain >= config.target_abstain and running.retain >= before - config.target_retain_drop
             )
@@ -197,7 +202,7 @@ def train_soft_prompt(
     if stopped == "cancelled" and on_checkpoint is not None and step > start:
         on_checkpoint(step, checkpoint.pack(parameters, optimizer, {**run, "step": step}))
     teacher.save()
-    prompt = SoftPrompt(phi.detach().float().cpu().clone(), llm.fingerprint)
+    prompt = SoftPrompt(mean.detach().float().cpu().clone(), llm.fingerprint)
     return TrainingResult(prompt, step, stopped, time.monotonic() - started, start)
 
 
@@ -268,7 +273,7 @@ class _Batches:
 
 @torch.no_grad()
 def _check(
-    llm: FrozenLLM, prefix: Callable[[], Prefix | None], batches: _Batches, teacher: Teacher, config: TrainingConfig
+    llm: FrozenLLM, shared: Prefix | None, batches: _Batches, teacher: Teacher, config: TrainingConfig
 ) -> tuple[float, float, float]:
     """(forget abstain rate, retain accuracy, the teacher's retain accuracy) on a fixed sample, label words only."""
     generator = torch.Generator().manual_seed(config.seed + 1)
@@ -277,7 +282,6 @@ def _check(
     rows = [*(batches.forget_rows[i] for i in forget), *(batches.retain_rows[i] for i in retain)]
     ids = torch.tensor([*llm.verbalizer.label_ids, -1], device=llm.device)  # -1: abstains
     answers = torch.empty(len(rows), dtype=torch.long, device=llm.device)
-    shared = prefix()
     for picked in length_buckets([len(r) for r in rows], 32):
         hidden = last_hidden(llm, collate([rows[i] for i in picked], llm.device), shared)
         answers[picked] = ids[answer_scores(llm, hidden).argmax(-1)]
