@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=0.5, ge=0)
     learning_rate: float = Field(default=3e-2, gt=0)
-    max_steps: int = Field(default=280, ge=1)
+    max_steps: int = Field(default=400, ge=1)
     seed: int = 0
     training_deadline_seconds: float = Field(default=3600.0, gt=0)
     checkpoint_seconds: float = Field(default=20.0, gt=0)

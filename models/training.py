@@ -38,7 +38,7 @@ class TrainingConfig:
     alpha: float = 1.0
     beta: float = 0.5
     learning_rate: float = 3e-2
-    max_steps: int = 280
+    max_steps: int = 400
     seed: int = 0
     forget_batch: int = 8
     retain_batch: int = 8
