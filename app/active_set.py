@@ -18,13 +18,11 @@ from app import audit, db
 from app.errors import Conflict, InvalidInput, NotFound, NotReady, StaleActiveSet
 from app.lifecycle import CancelRequested, Claim, check_cursor, hold, lock_request, move
 from app.tables import (
-    LIVE,
     ActiveSet,
     ForgetDigest,
     Prompt,
     PromptState,
     RequestState,
-    UnlearnRequest,
     new_id,
     utcnow,
 )
@@ -185,14 +183,12 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
     return prompt
 
 
-def live_digests(session: Session) -> set[bytes]:
-    """Keyed digests of every text in a live request: what a retain set must not hold."""
-    query = (
-        select(ForgetDigest.digest)
-        .join(UnlearnRequest, UnlearnRequest.id == ForgetDigest.request_id)
-        .where(UnlearnRequest.state.in_(LIVE))
-    )
-    return set(session.scalars(query))
+def forgotten_digests(session: Session) -> set[bytes]:
+    """Keyed digests of every text that anyone ever asked to forget: what a retain set must not hold (promise 9).
+
+    Also of requests that failed, were cancelled or revoked: a later request is no occasion to teach those texts.
+    """
+    return set(session.scalars(select(ForgetDigest.digest)))
 
 
 def lock_active_set(session: Session) -> ActiveSet:

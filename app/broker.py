@@ -61,7 +61,7 @@ def make_celery(settings: Settings) -> Celery:
         if url.startswith(("redis://", "rediss://")):
             options |= {"socket_connect_timeout": _CONNECT_SECONDS, "socket_timeout": 5.0, "socket_keepalive": True}
     else:
-        url = "doorbell://"
+        url = "doorbell://localhost/"  # a folder has no host, but kombu warns where none is named
         messages, control = settings.broker_dir / "messages", settings.broker_dir / "control"
         for folder in (messages, control):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def _guarded(name: str, check: Callable[[Settings], tuple[str, str]], settings: 
         return Check(name, *check(settings))
     except LetheonError as error:
         return Check(name, "fail", error.detail)
-    except (OSError, SQLAlchemyError, ImportError, KombuError) as error:
+    except (OSError, ValueError, SQLAlchemyError, ImportError, KombuError) as error:
         return Check(name, "fail", type(error).__name__)  # its message may hold an address with a password
 
 

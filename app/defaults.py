@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 from app.errors import LetheonError
 from app.pull import model_path, reviews_dir
-from app.settings import Settings
+from app.settings import Quantization, Settings
 
 DEMO_ADAPTER = Path(__file__).resolve().parent.parent / "models" / "demo_adapter"
 
@@ -18,6 +18,35 @@ class NotConfigured(LetheonError):
     status: ClassVar[int] = 503
     code: ClassVar[str] = "not-configured"
     title: ClassVar[str] = "The model or its data is missing"
+
+
+class LoadArguments(TypedDict):
+    """What ``FrozenLLM.load`` is called with."""
+
+    source: str
+    adapter: str | None
+    quantization: Quantization
+    device: str
+    template: str
+    labels: list[str]
+    generic_labels: list[str]
+
+
+def load_arguments(settings: Settings) -> LoadArguments:
+    """The configured model. API and worker both load it with these: any difference is another fingerprint.
+
+    Raises NotConfigured.
+    """
+    source, adapter = resolve_model(settings)
+    return {
+        "source": source,
+        "adapter": adapter,
+        "quantization": settings.quantization,
+        "device": settings.device,
+        "template": settings.template,
+        "labels": settings.labels,
+        "generic_labels": settings.generic_labels,
+    }
 
 
 def resolve_model(settings: Settings) -> tuple[str, str | None]:

@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse
 from app import db, problems
 from app.auth import create_first_key
 from app.broker import make_celery
+from app.defaults import load_arguments
 from app.deps import Service
 from app.errors import LetheonError
 from app.middleware import BodyLimit, RequestContext
 from app.routes import admin, classify, health, unlearn_requests
-from app.serving import Serving, load_llm
+from app.serving import Serving
 from app.settings import Settings
 from app.vault import Vault
 from models.errors import ModelError
@@ -94,7 +95,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, stack: ExitStack) -> Servi
     vault = Vault.from_settings(settings)
     celery = make_celery(settings)
     stack.callback(celery.close)
-    serving = Serving(llm if llm is not None else load_llm(settings), sessions, vault, settings)
+    serving = Serving(llm if llm is not None else FrozenLLM.load(**load_arguments(settings)), sessions, vault, settings)
     stack.callback(serving.close)
     first = create_first_key(sessions)
     if first is not None:

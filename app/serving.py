@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import active_set
 from app.active_set import ActiveSetView
 from app.batching import Batcher
-from app.defaults import resolve_model
 from app.errors import NotReady
 from app.settings import Settings
 from app.tables import Prompt
@@ -27,20 +26,6 @@ from models.soft_prompt import SoftPrompt
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TEXTS = 64
-
-
-def load_llm(settings: Settings) -> FrozenLLM:
-    """The configured frozen model. Raises NotConfigured (nothing pulled yet), ModelError."""
-    source, adapter = resolve_model(settings)
-    return FrozenLLM.load(
-        source,
-        adapter=adapter,
-        quantization=settings.quantization,
-        device=settings.device,
-        template=settings.template,
-        labels=settings.labels,
-        generic_labels=settings.generic_labels,
-    )
 
 
 @dataclass(frozen=True)
@@ -62,8 +47,7 @@ class Serving:
 
     def __init__(self, llm: FrozenLLM, sessions: sessionmaker[Session], vault: Vault, settings: Settings) -> None:
         self.llm = llm
-        overhead = len(llm.template.head_ids) + len(llm.template.tail_ids)
-        self.max_text_tokens = min(settings.max_text_tokens, llm.max_positions - overhead)
+        self.max_text_tokens = min(settings.max_text_tokens, llm.text_room())
         self._sessions, self._vault = sessions, vault
         self._classifier = Classifier(llm)
         self._lock = threading.Lock()  # the model thread and /readyz both confirm

@@ -50,11 +50,16 @@ class Settings(BaseSettings):
 
     # Training
     retain: str = Field(default="", description="JSONL/CSV/TSV/Parquet file or dataset id. Empty = the demo's data.")
+    retain_split: str = Field(default="train", description="The split, where `retain` is a dataset id.")
+    precision: Literal["auto", "exact"] = Field(
+        default="auto",
+        description="`auto` may train against a bfloat16 copy on CPU; checks never do. `exact`: no copy.",
+    )
     num_virtual_tokens: int = Field(default=30, ge=1, le=1024)
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=0.5, ge=0)
     learning_rate: float = Field(default=3e-2, gt=0)
-    max_steps: int = Field(default=400, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, description="Unset: 120, and three epochs of the forget set.")
     seed: int = 0
     training_deadline_seconds: float = Field(default=3600.0, gt=0)
     checkpoint_seconds: float = Field(default=20.0, gt=0)

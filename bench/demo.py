@@ -40,6 +40,8 @@ HELD_OUT_ROWS = 300
 SEED = 20
 REASON = "letheon demo"
 START_SECONDS = 300.0
+MIN_ABSTAIN, MAX_HELD_OUT_DROP, MAX_SECONDS = 0.9, 0.02, 480.0
+"""What the demo is to show on two cores; what it misses, it says."""
 
 console = Console(highlight=False)
 
@@ -122,6 +124,7 @@ def run(settings: Settings, person: str, *, keep: bool) -> int:
                 "num_virtual_tokens": active_tokens(client, request["id"]) if active else settings.num_virtual_tokens,
                 "request": {name: request[name] for name in ("id", "attempt", "metrics", "failure")},
             }
+            report["missed"] = missed(report) if active else None
         path = settings.home / "demo.json"
         path.write_text(json.dumps(report, indent=2) + "\n")
         show(groups, before, after, report)
@@ -335,6 +338,19 @@ def figures(groups: Groups, before: dict[str, list[str]], after: dict[str, list[
     return result
 
 
+def missed(report: dict[str, Any]) -> list[str]:
+    """What an active prompt still falls short of: activation checks the training data, these look at the held-out."""
+    dropped = report["held_out_accuracy_before"] - report["held_out_accuracy_after"]
+    found = []
+    if report["forget_abstain_after"] < MIN_ABSTAIN:
+        found.append(f"only {report['forget_abstain_after']:.1%} of the forget texts answer `unknown`")
+    if dropped > MAX_HELD_OUT_DROP + 1e-9:
+        found.append(f"held-out accuracy fell by {dropped:.3f}, more than {MAX_HELD_OUT_DROP}")
+    if report["seconds_to_active"] > MAX_SECONDS:
+        found.append(f"it took {report['seconds_to_active']:.0f} s to become active, more than {MAX_SECONDS:.0f}")
+    return found
+
+
 def describe_model(settings: Settings) -> str:
     source, adapter = resolve_model(settings)
     return Path(source).name + (f" + {Path(adapter).name}" if adapter else "")
@@ -373,6 +389,8 @@ def show(groups: Groups, before: dict[str, list[str]], after: dict[str, list[str
         + (f"active {taken:.0f} s after the submit, " if taken is not None else "")
         + f"{report['seconds_total']:.0f} s in all."
     )
+    for shortfall in report["missed"] or []:
+        console.print(f"[yellow]Short of what this demo is to show:[/] {shortfall}.")
 
 
 if __name__ == "__main__":

@@ -57,11 +57,12 @@ def check_prompts(
 ) -> CheckReport:
     """Classify forget rows and a seeded sample of retain rows with and without ``prompts``, as they would serve.
 
+    The sample holds as many rows of a rare class as of a common one; the overall accuracy weighs them back.
     Unlabelled retain rows count the base model's own answer as right. Raises DatasetError when a side is empty.
     """
     if not forget or not retain:
         raise DatasetError("checks need at least one forget row and one retain row")
-    sample = random.Random(seed).sample(list(retain), min(max_retain_rows, len(retain)))
+    sample, weights = _stratified(retain, max_retain_rows, seed)
     classifier = Classifier(llm)
     forget_texts, retain_texts = [e.text for e in forget], [e.text for e in sample]
     before = classifier.classify(retain_texts)
@@ -69,7 +70,8 @@ def check_prompts(
     truth = [e.label if e.label is not None else b.label for e, b in zip(sample, before, strict=True)]
 
     def accuracy(answers: Sequence[Classification], rows: Sequence[int]) -> float:
-        return sum(1 for i in rows if answers[i].label == truth[i]) / len(rows)
+        right = sum(weights[i] for i in rows if answers[i].label == truth[i])
+        return right / sum(weights[i] for i in rows)
 
     everything = range(len(sample))
     per_class = {}
@@ -102,6 +104,20 @@ def check_prompts(
         passed=not violations,
         violations=violations,
     )
+
+
+def _stratified(rows: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[float]]:
+    """Up to ``count`` rows, an equal share of each label (no label is one too), and how many rows each stands for."""
+    strata: dict[str | None, list[Example]] = {}
+    for row in rows:
+        strata.setdefault(row.label, []).append(row)
+    share = max(1, count // len(strata))
+    sample, weights = [], []
+    for label in sorted(strata, key=str):
+        picked = random.Random(seed).sample(strata[label], min(share, len(strata[label])))
+        sample += picked
+        weights += [len(strata[label]) / len(picked)] * len(picked)
+    return sample, weights
 
 
 def _abstain_rate(classifier: Classifier, texts: Sequence[str], prompts: Sequence[SoftPrompt]) -> float:

@@ -26,7 +26,7 @@ from models import checkpoint
 from models.errors import DatasetError, ModelError, TrainingDiverged
 from models.examples import Example, collate, digest_examples, length_buckets
 from models.llm import load_base, quantize
-from models.template import Template, Verbalizer
+from models.template import TEXT_ONLY, Template, Verbalizer
 from models.training_copy import has_bf16_units
 
 
@@ -99,7 +99,7 @@ def finetune(
     decoder = base.base_model  # its linear layers now hold the LoRA layers
 
     head = list(template.head_ids)
-    encoded = tokenizer([template.lead + e.text for e in examples], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([template.lead + e.text for e in examples], **TEXT_ONLY)["input_ids"]
     rows = [[*head, *ids[: config.max_text_tokens], *template.tail_ids] for ids in encoded]
     targets = torch.tensor([verbalizer.id_of(e.label) for e in examples if e.label is not None])
     steps_per_epoch = math.ceil(len(rows) / config.batch_size)

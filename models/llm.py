@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.errors import ModelError, TextTooLong
-from models.template import Template, Tokenizer, Verbalizer
+from models.template import TEXT_ONLY, Template, Tokenizer, Verbalizer
 
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -96,7 +97,7 @@ class FrozenLLM:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone."""
-        return self.tokenizer.encode(self.template.lead + text, add_special_tokens=False)
+        return self.tokenizer.encode(self.template.lead + text, **TEXT_ONLY)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of the text, template excluded: what ``max_text_tokens`` limits."""
@@ -110,12 +111,16 @@ class FrozenLLM:
         """``row`` for many texts, tokenised in one call."""
         if not texts:
             return []
-        encoded = self.tokenizer([self.template.lead + t for t in texts], add_special_tokens=False)["input_ids"]
+        encoded = self.tokenizer([self.template.lead + t for t in texts], **TEXT_ONLY)["input_ids"]
         return [[*ids, *self.template.tail_ids] for ids in encoded]
 
     @property
     def max_positions(self) -> int:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    def text_room(self, prompt_tokens: int = 0) -> int:
+        """Tokens that a text may have behind ``prompt_tokens`` virtual tokens and the template."""
+        return self.max_positions - len(self.template.head_ids) - len(self.template.tail_ids) - prompt_tokens
 
     def check_fits(self, rows: Sequence[Sequence[int]], prefix_length: int) -> None:
         """Raises TextTooLong when a row behind the prefix passes the model's positions."""
@@ -182,7 +187,7 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokeniz
                 raise ModelError(f"{source}: no .safetensors file; pickled weights are refused")
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(location, **({"gguf_file": path.name} if kwargs else {}))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {source!r}: {type(error).__name__}: {error}") from error
     return cast(PreTrainedModel, model), cast(Tokenizer, tokenizer), _digest_files(files)
 

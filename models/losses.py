@@ -20,10 +20,10 @@ def retain_ce(logits: Tensor, label_ids: Tensor) -> Tensor:
 
 
 def retain_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """L_kl: KL(h(φ, x) ‖ h(x)) on retain rows: the prompted model's distribution first. (R, V) both → scalar."""
+    """KL(h(φ, x) ‖ h(x)) of each retain row, the prompted distribution first; L_kl is its mean. (R, V) → (R,)."""
     prompted = functional.log_softmax(logits, dim=-1)
     teacher = functional.log_softmax(teacher_logits, dim=-1)
-    return (prompted.exp() * (prompted - teacher)).sum(-1).mean()
+    return (prompted.exp() * (prompted - teacher)).sum(-1)
 
 
 def spul_loss(forget: Tensor, retain: Tensor, kl: Tensor, *, alpha: float, beta: float) -> Tensor:

@@ -1,11 +1,13 @@
 """The teacher: the unprompted frozen model's last hidden states on the retain set, computed once and kept on disk.
 
 Log-probabilities over a 50,000-word vocabulary would take gigabytes; the hidden state is d numbers, and the frozen head
-gives the very same log-probabilities back. Rows are filled when a step first needs them.
+gives the very same log-probabilities back. Rows are filled when a step first needs them and found by their text, so a
+retain set that lost a row to a request keeps the rest, and the file loses that row.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -16,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.examples import Example, digest_examples
+from models.examples import Example
 from models.inference import Classifier
 from models.llm import FrozenLLM
 
 log = logging.getLogger("letheon.models")
 
-_MAX_FILES = 4
+_MAX_FILES = 4  # models
+_KEY_BYTES = 16  # of the text's SHA-256
 
 
 class Teacher:
@@ -32,16 +35,16 @@ class Teacher:
         self.llm = llm
         self.retain = retain
         self._classifier = Classifier(llm)
-        shape = (len(retain), llm.hidden_size)
+        self._hidden = np.zeros((len(retain), llm.hidden_size), np.float32)
+        self._known = np.zeros(len(retain), bool)
+        self._keys = np.stack([_key(example) for example in retain])
         self._file: Path | None = None
         self._dirty = False
-        if directory is None:
-            self._hidden, self._known = np.zeros(shape, np.float32), np.zeros(len(retain), bool)
-            return
-        dtype = str(llm.dtype).removeprefix("torch.")  # a training copy has states of its own
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = directory / f"{llm.fingerprint[:24]}-{dtype}-{digest_examples(retain)[:24]}.npz"
-        self._hidden, self._known = self._read(shape)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            dtype = str(llm.dtype).removeprefix("torch.")  # a training copy has states of its own
+            self._file = directory / f"{llm.fingerprint[:32]}-{dtype}.npz"
+            self._read(self._file)
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         """(k, d) float32 on the model's device; computes what is missing."""
@@ -82,22 +85,33 @@ class Teacher:
     def _write(self, file: Path) -> None:
         partial = file.with_name(f"{file.stem}.{np.random.default_rng().integers(1 << 62):x}.partial")
         with open(partial, "xb", opener=_private) as handle:
-            np.savez(handle, hidden=self._hidden, known=self._known)
+            np.savez(handle, keys=self._keys[self._known], hidden=self._hidden[self._known])
         partial.replace(file)
-        # A request whose texts are rows of the retain set makes a retain set, hence a file, of its own.
         files = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(file.parent) if entry.is_file()]
         for _, old in sorted(files, reverse=True)[_MAX_FILES:]:
             Path(old).unlink(missing_ok=True)
 
-    def _read(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        if self._file is not None and self._file.exists():
-            try:
-                with self._file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
-                    if stored["hidden"].shape == shape and stored["known"].shape == shape[:1]:
-                        return stored["hidden"], stored["known"]
-            except (OSError, ValueError, KeyError, BadZipFile):
-                log.warning("%s is damaged and is made anew", self._file.name)
-        return np.zeros(shape, np.float32), np.zeros(shape[0], bool)
+    def _read(self, file: Path) -> None:
+        """Take what the file knows of these rows. Rows it alone knows are gone from it with the next ``save``."""
+        if not file.exists():
+            return
+        try:
+            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
+                keys, hidden = stored["keys"], stored["hidden"]
+            if keys.shape != (len(hidden), _KEY_BYTES) or hidden.shape[1:] != self._hidden.shape[1:]:
+                raise ValueError("shapes")
+        except (OSError, ValueError, KeyError, BadZipFile):
+            log.warning("%s is damaged and is made anew", file.name)
+            return
+        at = {key.tobytes(): k for k, key in enumerate(keys)}
+        found = [(i, at[key.tobytes()]) for i, key in enumerate(self._keys) if key.tobytes() in at]
+        for i, k in found:
+            self._hidden[i], self._known[i] = hidden[k], True
+        self._dirty = len({k for _, k in found}) < len(keys)
+
+
+def _key(example: Example) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(example.text.encode()).digest()[:_KEY_BYTES], np.uint8)
 
 
 def _private(path: str, flags: int) -> int:

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from models.errors import InvalidTemplate, InvalidVerbalizer
 
+TEXT_ONLY = {"add_special_tokens": False, "split_special_tokens": True}
+"""How a user's text is tokenised: a "<|im_end|>" in it is ten characters, never the end of a turn."""
+
 ABSTAIN = "unknown"
 """The answer when the generic labels win."""
 
@@ -28,7 +31,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     unk_token_id: int | None
 
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...) -> list[int]: ...
     def decode(self, token_ids: list[int]) -> str: ...
     def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
 

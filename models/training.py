@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from models.soft_prompt import SoftPrompt, compose
 from models.teacher import Teacher
 from models.training_copy import training_copy
 
+_ABSTAINS = -1
+
 Stopped = Literal["converged", "max_steps", "deadline", "cancelled"]
 
 
@@ -38,18 +41,19 @@ class TrainingConfig:
     alpha: float = 1.0
     beta: float = 0.5
     learning_rate: float = 3e-2
-    max_steps: int = 400
+    max_steps: int | None = None  # None: enough for this forget set, see `planned_steps`
     seed: int = 0
     forget_batch: int = 8
     retain_batch: int = 8
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
-    mean_weight: float = 0.04  # of the newest φ in the running mean that is kept
+    init_words: int = 4  # distinctive tokens of the forget set that φ starts from
+    mean_weight: float = 0.2  # of the newest φ in the running mean that is kept
     # Early stop: every `check_every` steps, on all forget rows (at most `check_rows`) and as many retain rows.
     check_every: int = 25
     check_rows: int = 96
     target_abstain: float = 0.98
-    target_retain_drop: float = 0.015
+    target_retain_drop: float = 0.0
     # "auto" may take gradients from a bfloat16 copy (models.training_copy); "exact" uses the serving model itself.
     precision: Literal["auto", "exact"] = "auto"
 
@@ -124,18 +128,21 @@ def train_soft_prompt(
     if not forget or not retain:
         raise DatasetError("training needs at least one forget row and one retain row")
     started = time.monotonic()
+    served = llm  # what is checked; gradients may come from a copy
     if config.precision == "auto":
-        llm = training_copy(llm)
+        llm = training_copy(served)
     behind = compose(stack, fingerprint=llm.fingerprint)
-    phi = nn.Parameter(_initial_prompt(llm, config))
-    optimizer = torch.optim.AdamW([phi], lr=config.learning_rate, weight_decay=0.0)
     batches = _Batches(llm, forget, retain, config)
+    phi = nn.Parameter(_initial_prompt(llm, batches, config))
+    optimizer = torch.optim.AdamW([phi], lr=config.learning_rate, weight_decay=0.0)
     prefix_length = len(phi) + (0 if behind is None else len(behind)) + len(llm.template.head_ids)
     llm.check_fits([*batches.forget_rows, *batches.retain_rows], prefix_length)
     teacher = Teacher(llm, retain, teacher_dir)
     # What is checked and kept is the running mean of φ: forget and retain take turns winning, their mean does both.
     mean = nn.Parameter(phi.detach().clone(), requires_grad=False)
-    parameters = {"phi": phi, "mean": mean}
+    # KL of each retain row when it was last seen: what the prompt disturbs most is repeated most.
+    hardness = nn.Parameter(torch.zeros(len(retain)), requires_grad=False)
+    parameters = {"phi": phi, "mean": mean, "hardness": hardness}
     run = {
         "fingerprint": llm.fingerprint,
         "dtype": str(llm.dtype),  # a run begun against a bfloat16 copy does not go on against the exact model
@@ -145,31 +152,30 @@ def train_soft_prompt(
     }
     start = int(checkpoint.unpack(resume, parameters, optimizer, expect=run)["step"]) if resume else 0
 
-    def prefix(soft: Tensor) -> Prefix | None:
-        return compute_prefix(llm, soft if behind is None else torch.cat([behind.to(soft.device), soft]))
-
+    check = _Check(served, behind, batches, retain, config)
+    total = planned_steps(config, len(forget))
     running, step, saved_at = _Running(), start, time.monotonic()
     stopped: Stopped = "max_steps"
-    while step < config.max_steps:
+    while step < total:
         if should_stop is not None and should_stop():
             stopped = "cancelled"
             break
         if deadline is not None and time.monotonic() > deadline:
             stopped = "deadline"
             break
-        forget_rows, retain_rows = batches.at(step)
-        batch = collate(
-            [*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)], llm.device
-        )
+        forget_rows, retain_rows = batches.at(step, hardness)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, config)
+            group["lr"] = config.learning_rate * _schedule(step, total, config.warmup_steps)
 
-        logits = llm.logits(last_hidden(llm, batch, prefix(phi)))
+        shared = _prefix(llm, behind, phi)
+        rows = [*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)]
+        logits = llm.logits(_hidden_by_length(llm, rows, shared))
         on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
+        kl = retain_kl(on_retain, teacher.logits(retain_rows))
         terms = (
             forget_ce(on_forget, batches.generic_ids[forget_rows]),
             retain_ce(on_retain, teacher.label_ids(retain_rows)),
-            retain_kl(on_retain, teacher.logits(retain_rows)),
+            kl.mean(),
         )
         loss = spul_loss(*terms, alpha=config.alpha, beta=config.beta)
         if not torch.isfinite(loss):
@@ -182,16 +188,16 @@ def train_soft_prompt(
         step += 1
         with torch.no_grad():
             mean.lerp_(phi, max(config.mean_weight, 1 / step))
+            hardness[retain_rows] = kl.detach().float().cpu()
         running.update([float(t.detach()) for t in (loss, *terms)], step - start)
         converged = False
         if step % config.check_every == 0:
-            running.abstain, running.retain, before = _check(llm, prefix(mean), batches, teacher, config)
-            converged = (
-                running.abstain >= config.target_abstain and running.retain >= before - config.target_retain_drop
-            )
+            running.abstain, running.retain = check(mean)
+            floor = check.retain_accuracy_before - config.target_retain_drop
+            converged = running.abstain >= config.target_abstain and running.retain >= floor
         if on_progress is not None:
             elapsed = time.monotonic() - started
-            on_progress(running.progress(step, config.max_steps, elapsed))
+            on_progress(running.progress(step, total, elapsed))
         if converged:
             stopped = "converged"
             break
@@ -206,30 +212,53 @@ def train_soft_prompt(
     return TrainingResult(prompt, step, stopped, time.monotonic() - started, start)
 
 
-def _schedule(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to a tenth: forget and retain take turns winning at a constant rate."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return warm * (0.55 + 0.45 * math.cos(math.pi * step / config.max_steps))
+def planned_steps(config: TrainingConfig, forget_rows: int) -> int:
+    """Steps of a run that does not stop early: ``max_steps``, or 120 and at least three epochs over the forget set."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(120, 3 * math.ceil(forget_rows / config.forget_batch))
 
 
-def _initial_prompt(llm: FrozenLLM, config: TrainingConfig) -> Tensor:
-    """Embeddings of the label words, then of random vocabulary words (Lester et al. 2021, §3.2: class labels do best).
+def _schedule(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to zero: at a constant rate forget and retain take turns winning to the end."""
+    return min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / total))
 
-    On the model's own scale, unlike a Gaussian, and the generic words are within reach from the first step.
+
+def _initial_prompt(llm: FrozenLLM, batches: _Batches, config: TrainingConfig) -> Tensor:
+    """φ (p, d) before the first step: embeddings of "word generic-label word generic-label …".
+
+    The words are those that tell the forget rows from the retain rows best. A prompt that begins as words of the task
+    trains far faster than a random one (Lester et al. 2021, §3.2), and a word followed by its answer is the pattern
+    that attention heads copy from: a text that holds the word is drawn to the answer from the first step on.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    words = [*llm.verbalizer.generic_ids, *llm.verbalizer.label_ids]
-    labels = torch.tensor(words * config.num_virtual_tokens)[: config.num_virtual_tokens // 2]
-    others = torch.randint(llm.embed.num_embeddings, (config.num_virtual_tokens - len(labels),), generator=generator)
+    words = distinctive_tokens(batches.forget_texts, batches.retain_texts, config.init_words)
+    generic = llm.verbalizer.generic_ids
+    pairs = [t for k, word in enumerate(words * config.num_virtual_tokens) for t in (word, generic[k % len(generic)])]
     # Through the module: Gemma's scales what it looks up.
-    rows: Tensor = llm.embed(torch.cat([others, labels]).to(llm.device))
+    rows: Tensor = llm.embed(torch.tensor(pairs[: config.num_virtual_tokens]).to(llm.device))
     return rows.detach().float().clone()
+
+
+def distinctive_tokens(forget: Sequence[Sequence[int]], retain: Sequence[Sequence[int]], count: int) -> list[int]:
+    """The ``count`` tokens that mark the forget rows most: log-odds of occurring in a row, over its standard error.
+
+    Monroe, Colaresi & Quinn 2008, eq. 22, with 0.5 as the prior count. Ties by token id; fewer where there are fewer.
+    """
+    inside = Counter(token for row in forget for token in set(row))
+    outside = Counter(token for row in retain for token in set(row))
+
+    def score(token: int) -> float:
+        a, b = inside[token] + 0.5, outside[token] + 0.5
+        odds = math.log(a / (len(forget) - a + 1)) - math.log(b / (len(retain) - b + 1))
+        return odds / math.sqrt(1 / a + 1 / b)
+
+    return sorted(inside, key=lambda token: (-score(token), token))[:count]
 
 
 class _Batches:
     """Which rows each step sees: a pure function of (seed, step), so a resumed run repeats nothing and skips nothing.
 
-    Stratified: every step holds forget rows, and retain rows drawn from those of similar length.
+    Stratified: every step holds forget rows. Retain rows of one length only, to save padding, train far worse.
     """
 
     def __init__(
@@ -238,6 +267,9 @@ class _Batches:
         self.config = config
         self.forget_rows = llm.rows([e.text for e in forget])
         self.retain_rows = llm.rows([e.text for e in retain])
+        tail = len(llm.template.tail_ids)
+        self.forget_texts = [row[: len(row) - tail] for row in self.forget_rows]
+        self.retain_texts = [row[: len(row) - tail] for row in self.retain_rows]
         verbalizer = llm.verbalizer
         generator = torch.Generator().manual_seed(config.seed)
         # As in the paper, each forget row is given one of the generic labels at random, for good.
@@ -245,50 +277,73 @@ class _Batches:
         self.generic_ids = torch.tensor(verbalizer.generic_ids)[choice].to(llm.device)
         self._forget_lengths = [len(r) for r in self.forget_rows]
         self._buckets = -(-len(forget) // config.forget_batch)
-        order = sorted(range(len(retain)), key=lambda i: len(self.retain_rows[i]))
-        self._retain_by_length = torch.tensor(order)
-        self._retain_lengths = torch.tensor([len(self.retain_rows[i]) for i in order])
 
-    def at(self, step: int) -> tuple[list[int], list[int]]:
-        """(forget indices, retain indices) of a step."""
+    def at(self, step: int, hardness: Tensor) -> tuple[list[int], list[int]]:
+        """(forget indices, retain indices) of a step. Half of the retain rows repeat what the prompt disturbed most."""
+        config = self.config
         epoch, index = divmod(step, self._buckets)
-        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        buckets = length_buckets(self._forget_lengths, self.config.forget_batch, shuffle)
+        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        buckets = length_buckets(self._forget_lengths, config.forget_batch, shuffle)
         forget = buckets[int(torch.randperm(len(buckets), generator=shuffle)[index])]
-        longest = max(self._forget_lengths[i] for i in forget)
-        draw = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) ^ 0x5EED)
-        # Half from anywhere, so that every length is seen; half of no more than this step's length, for little padding.
-        anywhere = self.config.retain_batch // 2
-        fits = max(
-            int(torch.searchsorted(self._retain_lengths, longest, right=True)), min(64, len(self._retain_lengths))
-        )
-        picked = torch.cat(
+        draw = torch.Generator().manual_seed((config.seed * 1_000_003 + step) ^ 0x5EED)
+        retain = torch.randint(len(self.retain_rows), (config.retain_batch,), generator=draw)
+        again = config.retain_batch // 2
+        if int(torch.count_nonzero(hardness)) > again:
+            retain[:again] = torch.multinomial(hardness, again, generator=draw)
+        return forget, retain.tolist()
+
+
+class _Check:
+    """Forget abstain rate and retain accuracy on a fixed sample, by the model that serves, label words only."""
+
+    def __init__(
+        self,
+        served: FrozenLLM,
+        behind: Tensor | None,
+        batches: _Batches,
+        retain: Sequence[Example],
+        config: TrainingConfig,
+    ) -> None:
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        self._forget = torch.randperm(len(batches.forget_rows), generator=generator)[: config.check_rows].tolist()
+        picked = torch.randperm(len(retain), generator=generator)[: config.check_rows].tolist()
+        self._served, self._behind = served, behind
+        self._rows = [*(batches.forget_rows[i] for i in self._forget), *(batches.retain_rows[i] for i in picked)]
+        own = self._answers(self._rows[len(self._forget) :], compute_prefix(served, None))
+        self._wanted = torch.tensor(
             [
-                torch.randint(len(self._retain_lengths), (anywhere,), generator=draw),
-                torch.randint(fits, (self.config.retain_batch - anywhere,), generator=draw),
+                o if (label := retain[i].label) is None else served.verbalizer.id_of(label)
+                for i, o in zip(picked, own.tolist(), strict=True)
             ]
         )
-        return forget, self._retain_by_length[picked].tolist()
+        self.retain_accuracy_before = float((own == self._wanted).float().mean())
+
+    def __call__(self, soft: Tensor) -> tuple[float, float]:
+        answers = self._answers(self._rows, _prefix(self._served, self._behind, soft))
+        return (
+            float((answers[: len(self._forget)] == _ABSTAINS).float().mean()),
+            float((answers[len(self._forget) :] == self._wanted).float().mean()),
+        )
+
+    @torch.no_grad()
+    def _answers(self, rows: list[list[int]], shared: Prefix | None) -> Tensor:
+        llm = self._served
+        ids = torch.tensor([*llm.verbalizer.label_ids, _ABSTAINS])
+        answers = torch.empty(len(rows), dtype=torch.long)
+        for picked in length_buckets([len(r) for r in rows], 32):
+            hidden = last_hidden(llm, collate([rows[i] for i in picked], llm.device), shared)
+            answers[picked] = ids[answer_scores(llm, hidden).argmax(-1).cpu()]
+        return answers
 
 
-@torch.no_grad()
-def _check(
-    llm: FrozenLLM, shared: Prefix | None, batches: _Batches, teacher: Teacher, config: TrainingConfig
-) -> tuple[float, float, float]:
-    """(forget abstain rate, retain accuracy, the teacher's retain accuracy) on a fixed sample, label words only."""
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    forget = torch.randperm(len(batches.forget_rows), generator=generator)[: config.check_rows].tolist()
-    retain = torch.randperm(len(batches.retain_rows), generator=generator)[: config.check_rows].tolist()
-    rows = [*(batches.forget_rows[i] for i in forget), *(batches.retain_rows[i] for i in retain)]
-    ids = torch.tensor([*llm.verbalizer.label_ids, -1], device=llm.device)  # -1: abstains
-    answers = torch.empty(len(rows), dtype=torch.long, device=llm.device)
-    for picked in length_buckets([len(r) for r in rows], 32):
-        hidden = last_hidden(llm, collate([rows[i] for i in picked], llm.device), shared)
-        answers[picked] = ids[answer_scores(llm, hidden).argmax(-1)]
-    wanted = teacher.label_ids(retain)
-    before = ids[answer_scores(llm, teacher.hidden(retain).to(llm.dtype)).argmax(-1)]
-    return (
-        float((answers[: len(forget)] == -1).float().mean()),
-        float((answers[len(forget) :] == wanted).float().mean()),
-        float((before == wanted).float().mean()),
-    )
+def _hidden_by_length(llm: FrozenLLM, rows: list[list[int]], shared: Prefix | None) -> Tensor:
+    """Last hidden states (N, d) of rows, the shorter and the longer half apart: padding costs like anything else."""
+    halves = length_buckets([len(row) for row in rows], -(-len(rows) // 2))
+    states = [last_hidden(llm, collate([rows[i] for i in half], llm.device), shared) for half in halves]
+    order = torch.tensor([i for half in halves for i in half], device=llm.device)
+    return torch.cat(states)[order.argsort()]
+
+
+def _prefix(llm: FrozenLLM, behind: Tensor | None, soft: Tensor) -> Prefix | None:
+    """The shared prefix of the frozen prompts ``behind`` and the one in training."""
+    return compute_prefix(llm, soft if behind is None else torch.cat([behind.to(soft.device), soft]))

@@ -1,8 +1,8 @@
-"""A bfloat16 copy of the frozen model to *train against* on CPUs with bfloat16 matrix units (AMX).
+"""A bfloat16 copy of the frozen model to *train against* on CPUs with bfloat16 units (AMX, AVX512-BF16).
 
 A training step is many small matrix products over the same frozen weights. NF4 layers unpack them four times a step
 (prefix and rows, forward and backward); a bfloat16 copy of the unpacked values needs no unpacking and runs on the
-matrix units. Only the gradient of the soft prompt comes from it: what serves, and what decides about activation, is
+bfloat16 units. Only the gradient of the soft prompt comes from it: what serves, and what decides about activation, is
 always the quantized model itself.
 """
 
@@ -26,13 +26,14 @@ _copies: WeakKeyDictionary[FrozenLLM, FrozenLLM] = WeakKeyDictionary()
 def has_bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware."""
     try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return " amx_bf16" in flags or " avx512_bf16" in flags
 
 
 def training_copy(llm: FrozenLLM) -> FrozenLLM:
-    """A bfloat16 copy with the same fingerprint where that is faster (CPU with AMX, not int8), else ``llm`` itself."""
+    """A bfloat16 copy with the same fingerprint where that is faster (such a CPU, not int8), else ``llm`` itself."""
     if llm.device.type != "cpu" or llm.identity["quantization"] == "int8" or not has_bf16_units():
         return llm
     if llm not in _copies:

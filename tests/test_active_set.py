@@ -41,7 +41,7 @@ def test_activate(sessions: Sessions, vault: Vault) -> None:
         assert request.lease_owner is None
         assert session.scalars(select(Checkpoint)).all() == []
         assert active_set.read_active_set(session) == ActiveSetView(1, set_digest([prompt.digest]))
-        assert active_set.live_digests(session) == {vault.digest("  zebulon QUIST was dreadful in this film")}
+        assert active_set.forgotten_digests(session) == {vault.digest("  zebulon QUIST was dreadful in this film")}
         assert audit.verify(session) == 4
         last = session.scalars(select(AuditEntry).order_by(AuditEntry.seq.desc())).first()
         assert last is not None
@@ -78,7 +78,8 @@ def test_revoking_the_only_prompt_restores_the_digest_of_the_empty_set(sessions:
     with sessions() as session:
         after = active_set.read_active_set(session)
         assert (after.version, after.digest) == (2, before.digest)
-        assert active_set.live_digests(session) == set()
+        # Nobody asked for these texts to be taught again.
+        assert len(active_set.forgotten_digests(session)) == 1
 
 
 def test_revoking_twice_or_nothing(sessions: Sessions, vault: Vault) -> None:

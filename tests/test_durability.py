@@ -17,9 +17,10 @@ from tiny_models import make_tiny_model
 from worker_kit import MARKER, ROOT, Site, deploy, wait_for
 
 from app import audit, lifecycle
+from app.defaults import load_arguments
 from app.settings import Settings
 from app.tables import AuditEntry
-from worker.main import load_model
+from models.llm import FrozenLLM
 
 SOON = 0.5
 """A training deadline that lets a successor finish at once; the first worker of a test has none to speak of."""
@@ -32,7 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fingerprint(model: Path) -> str:
-    return load_model(Settings(_env_file=None, model=str(model), quantization="none", device="cpu")).fingerprint
+    settings = Settings(_env_file=None, model=str(model), quantization="none", device="cpu")
+    return FrozenLLM.load(**load_arguments(settings)).fingerprint
 
 
 @pytest.fixture
@@ -115,7 +117,6 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from app import db, lifecycle
 from app.settings import get_settings
 from app.vault import Vault
-from worker.main import load_model
 from worker_kit import forget_texts
 settings = get_settings()
 with db.make_sessions(db.make_engine(settings.effective_database_url)).begin() as session:

@@ -31,7 +31,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import active_set, audit, db, job_queue, lifecycle
 from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from app.lifecycle import TRANSITIONS, CancelRequested, Claim, ForgetText
-from app.tables import LIVE, RUNNING, AuditEntry, Checkpoint, ForgetDigest, RequestState, UnlearnRequest, utcnow
+from app.tables import RUNNING, AuditEntry, Checkpoint, ForgetDigest, RequestState, UnlearnRequest, utcnow
 from app.vault import Vault
 
 Sessions = sessionmaker[Session]
@@ -289,8 +289,8 @@ class Requests(RuleBasedStateMachine):
             _, stack = active_set.read_stack(session)
             rows, _ = lifecycle.list_requests(session, limit=1000)
             assert {prompt.request_id for prompt in stack} == {row.id for row in rows if row.state == "active"}
-            digests = active_set.live_digests(session)
-            assert bool(digests) == any(row.state in LIVE for row in rows)
+            digests = active_set.forgotten_digests(session)
+            assert bool(digests) == bool(rows)
             checkpoints = set(session.scalars(select(Checkpoint.request_id)))
             for row in rows:
                 states = [e.data["state"] for e in lifecycle.list_events(session, row.id) if e.type == "state"]

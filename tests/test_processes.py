@@ -21,8 +21,9 @@ from tiny_models import make_tiny_model
 from worker_kit import MARKER, Process, Site, deploy, forget_texts, unique, wait_for
 
 from app import audit, keys
+from app.defaults import load_arguments
 from models.inference import Classifier
-from worker.main import load_model
+from models.llm import FrozenLLM
 
 REDIS = "redis://127.0.0.1:6379"
 QUERY = "the film is a good story"
@@ -177,7 +178,7 @@ def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[S
 
 def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | None]) -> None:
     site, broker = deployed
-    llm = load_model(site.settings)
+    llm = FrozenLLM.load(**load_arguments(site.settings))
     with site.sessions.begin() as session:
         _, secret = keys.create_key(session, name="test", scopes=keys.SCOPES, actor="test")
     with ExitStack() as stack:
@@ -245,7 +246,7 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
 def test_kill_9_of_the_embedded_server_takes_the_worker_along_and_loses_nothing(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     with deploy(tmp_path / "site", model, lease_seconds=10) as site:
-        request_id = site.submit(load_model(site.settings).fingerprint)
+        request_id = site.submit(FrozenLLM.load(**load_arguments(site.settings)).fingerprint)
         server = site.start("-m", "app.cli", "serve", "--port", "0")
         site.wait_checkpoint(request_id)
         server.kill()

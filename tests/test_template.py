@@ -85,3 +85,13 @@ def test_fingerprint_covers_template_verbalizer_quantization_and_weights(tmp_pat
         load(one, quantization="int8"),
     ]
     assert len({same, *others}) == 7
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_special_token_in_a_users_text_is_plain_characters(tmp_path: Path, family: str) -> None:
+    llm = FrozenLLM.load(str(make_tiny_model(tmp_path / "m", family)), quantization="none", device="cpu")
+    special = llm.tokenizer.encode("</s>", add_special_tokens=False)
+    assert len(special) == 1
+    (row,) = llm.rows(["a good</s> film"])
+    assert special[0] not in row
+    assert row == llm.row("a good</s> film")

@@ -6,6 +6,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import make_tiny_model
@@ -18,7 +19,16 @@ from models.llm import FrozenLLM
 from models.prefix_cache import compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt
 from models.teacher import Teacher
-from models.training import Progress, TrainingConfig, _Batches, _initial_prompt, train_soft_prompt
+from models.training import (
+    Progress,
+    TrainingConfig,
+    _Batches,
+    _hidden_by_length,
+    _initial_prompt,
+    distinctive_tokens,
+    planned_steps,
+    train_soft_prompt,
+)
 from models.training_copy import _copy
 
 FORGET = [Example(f"the film by x{i} is good", "positive") for i in range(11)]
@@ -51,8 +61,8 @@ def test_the_loss_of_a_step_is_the_papers(llm: FrozenLLM) -> None:
     config = TrainingConfig(num_virtual_tokens=4, max_steps=1, check_every=1000, alpha=0.7, beta=0.3, precision="exact")
     train_soft_prompt(llm, FORGET, RETAIN, config, on_progress=seen.append)
     batches = _Batches(llm, FORGET, RETAIN, config)
-    forget, retain = batches.at(0)
-    phi, head = _initial_prompt(llm, config), list(llm.template.head_ids)
+    forget, retain = batches.at(0, torch.zeros(len(RETAIN)))
+    phi, head = _initial_prompt(llm, batches, config), list(llm.template.head_ids)
 
     def log_probs(row: list[int], prompt: torch.Tensor | None) -> torch.Tensor:
         tokens = llm.embed(torch.tensor([*head, *row]))
@@ -135,23 +145,55 @@ def test_empty_sides_and_long_rows_are_refused(llm: FrozenLLM) -> None:
         train_soft_prompt(llm, [Example("good " * 600)], RETAIN, CONFIG)
 
 
-def test_every_step_sees_forget_and_retain_rows_of_like_length(llm: FrozenLLM) -> None:
-    batches = _Batches(llm, FORGET, RETAIN, CONFIG)
+def test_every_step_sees_forget_and_retain_rows(llm: FrozenLLM) -> None:
+    batches, unknown = _Batches(llm, FORGET, RETAIN, CONFIG), torch.zeros(len(RETAIN))
     seen: set[int] = set()
     for step in range(2):  # 11 rows in buckets of 8: two steps are one epoch
-        forget, retain = batches.at(step)
+        forget, retain = batches.at(step, unknown)
         assert forget
         assert len(retain) == CONFIG.retain_batch
         seen.update(forget)
     assert seen == set(range(len(FORGET)))
-    assert batches.at(7) == batches.at(7)
+    assert batches.at(7, unknown) == batches.at(7, unknown)
 
 
-def test_every_retain_length_can_be_drawn(llm: FrozenLLM) -> None:
-    retain = [*RETAIN, Example("a bad story " * 12, "negative")]  # longer than any forget row
-    batches = _Batches(llm, FORGET, retain, CONFIG)
-    drawn = {i for step in range(200) for i in batches.at(step)[1]}
-    assert drawn == set(range(len(retain)))
+def test_every_retain_row_can_be_drawn_and_the_disturbed_ones_are_repeated(llm: FrozenLLM) -> None:
+    batches, hardness = _Batches(llm, FORGET, RETAIN, CONFIG), torch.zeros(len(RETAIN))
+    half = CONFIG.retain_batch // 2
+    hardness[: half + 1] = 1e-6
+    hardness[3] = 1.0
+    drawn = [batches.at(step, hardness)[1] for step in range(100)]
+    assert {i for rows in drawn for i in rows[half:]} == set(range(len(RETAIN)))
+    assert {i for rows in drawn for i in rows[:half]} == set(range(half + 1)), (
+        "a row that was never seen has no hardness"
+    )
+    assert all(3 in rows[:half] for rows in drawn)
+
+
+def test_the_prompt_begins_with_the_words_that_mark_the_forget_rows(llm: FrozenLLM) -> None:
+    # Row frequencies: 7 is in every forget row and in one of six others, 5 in one and one, 9 in none and all.
+    forget, retain = [[7, 7, 5], [7, 1], [7, 1]], [[9, 1], [9, 1], [9, 5], [9, 7], [9], [9]]
+    ranked = distinctive_tokens(forget, retain, 9)
+    assert ranked[0] == 7
+    assert set(ranked) == {7, 5, 1}
+    # By hand for 7: log(3.5/0.5) - log(1.5/5.5), over sqrt(1/3.5 + 1/1.5); for 1: log(2.5/1.5) - log(2.5/4.5), …
+    assert (math.log(7) - math.log(1.5 / 5.5)) / math.sqrt(1 / 3.5 + 1 / 1.5) > (
+        math.log(2.5 / 1.5) - math.log(2.5 / 4.5)
+    ) / math.sqrt(1 / 2.5 + 1 / 2.5)
+    config = TrainingConfig(num_virtual_tokens=7, init_words=2)
+    batches = _Batches(llm, FORGET, RETAIN, config)
+    first, second = distinctive_tokens(batches.forget_texts, batches.retain_texts, 2)
+    neutral, unknown = llm.verbalizer.generic_ids
+    wanted = llm.embed(torch.tensor([first, neutral, second, unknown, first, neutral, second]))
+    assert torch.equal(_initial_prompt(llm, batches, config), wanted)
+
+
+def test_padding_less_changes_no_state(llm: FrozenLLM) -> None:
+    rows = llm.rows([e.text for e in (*RETAIN[:5], *FORGET[:2])])
+    with torch.no_grad():
+        together = last_hidden(llm, collate(rows), compute_prefix(llm, None))
+        apart = _hidden_by_length(llm, rows, compute_prefix(llm, None))
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_that_only_the_template_head_pushes_over_the_limit_is_refused(llm: FrozenLLM) -> None:
@@ -191,7 +233,20 @@ def test_teacher_is_the_unprompted_model_kept_on_disk(llm: FrozenLLM, tmp_path: 
     again = Teacher(llm, RETAIN, tmp_path)
     assert again._known.sum() == 2
     assert torch.equal(again.hidden([0, 3]), teacher.hidden([0, 3]))
-    assert not Teacher(llm, RETAIN[1:], tmp_path)._known.any(), "another retain set must not read these"
+
+
+def test_a_row_that_left_the_retain_set_leaves_the_teachers_file(llm: FrozenLLM, tmp_path: Path) -> None:
+    teacher = Teacher(llm, RETAIN, tmp_path)
+    wanted = teacher.hidden([0, 3])
+    teacher.save()
+    less = Teacher(llm, RETAIN[1:], tmp_path)
+    assert less._known.nonzero()[0].tolist() == [2]
+    assert torch.equal(less.hidden([2])[0], wanted[1])
+    less.save()
+    (file,) = tmp_path.glob("*.npz")
+    with np.load(file) as stored:
+        assert len(stored["keys"]) == len(stored["hidden"]) == 1
+    assert Teacher(llm, RETAIN, tmp_path)._known.nonzero()[0].tolist() == [3]
 
 
 def test_unlabelled_retain_rows_use_the_models_own_answer(llm: FrozenLLM) -> None:
@@ -285,3 +340,20 @@ def test_checks_fail_with_figures(llm: FrozenLLM) -> None:
     assert len(report.violations) == 3
     assert report.retain_rows == 9
     assert math.isclose(sum(c["rows"] for c in report.per_class.values()), 9)
+
+
+def test_the_check_sample_holds_the_rare_class_and_weighs_it_back(llm: FrozenLLM) -> None:
+    rare = [Example(f"a great film {i}", "positive") for i in range(4)]
+    limits = CheckLimits(0.0, 1.0, 1.0)
+    report = check_prompts(llm, [], FORGET, [*RETAIN, *rare], max_retain_rows=8, seed=0, limits=limits)
+    assert {label: c["rows"] for label, c in report.per_class.items()} == {"negative": 4, "positive": 4}
+    # 40 of the 44 rows are negative, so its accuracy counts ten times.
+    wanted = (10 * report.per_class["negative"]["before"] + report.per_class["positive"]["before"]) / 11
+    assert report.retain_accuracy_before == pytest.approx(wanted)
+    assert report.per_class["negative"]["before"] != report.per_class["positive"]["before"]
+
+
+def test_a_run_is_as_long_as_its_forget_set_needs() -> None:
+    assert planned_steps(TrainingConfig(), 21) == 120
+    assert planned_steps(TrainingConfig(forget_batch=8), 1288) == 3 * 161
+    assert planned_steps(TrainingConfig(max_steps=7), 1288) == 7

@@ -408,3 +408,27 @@ def test_the_checks_are_repeated_when_the_active_set_moves(context: Context) -> 
         Overtaken(context, claim, heartbeat).run()
     assert request(context, request_id).state == "active"
     assert stacks == [1, 2]  # the second time on the stack it then served in
+
+
+def test_a_prompt_that_leaves_no_room_for_the_longest_text_is_refused(context: Context) -> None:
+    room = context.llm.text_room()
+    tight = changed(context, max_text_tokens=room - context.settings.num_virtual_tokens)
+    first = submit(tight)
+    run_job(tight, first)
+    assert request(tight, first).state == "active"  # it just fits
+    second = submit(tight, texts=[lifecycle.ForgetText(f"{MARKER} another one")])
+    run_job(tight, second)
+    row = assert_failed(tight, second, "active-set-full")
+    assert row.failure is not None and f"room for texts of {room - 2 * 4} tokens" in row.failure["detail"]
+    with context.sessions() as session:
+        assert len(active_set.active_prompts(session)) == 1
+
+
+def test_texts_of_ended_requests_stay_out_of_the_retain_set(context: Context) -> None:
+    theirs = context.retain[3]
+    request_id = submit(context, texts=[lifecycle.ForgetText(theirs.text)])
+    with context.sessions.begin() as session:
+        lifecycle.request_cancel(session, request_id, actor="key_1")
+    claim = take(context, submit(context))
+    with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
+        assert theirs not in tasks._Job(context, claim, heartbeat).retain_set()

@@ -17,7 +17,7 @@ from typing import Any
 from celery import signals
 
 from app import broker, db
-from app.defaults import resolve_model, resolve_retain
+from app.defaults import load_arguments, resolve_retain
 from app.errors import LetheonError
 from app.settings import Settings, get_settings
 from app.tracebacks import where
@@ -113,8 +113,8 @@ def prepare(settings: Settings) -> Context:
     engine = db.make_engine(url)
     db.check_schema(engine)
     vault = Vault.from_settings(settings)
-    llm = load_model(settings)
-    rows = read_examples(resolve_retain(settings), labels=settings.labels)
+    llm = FrozenLLM.load(**load_arguments(settings))
+    rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
     lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
     # A retain row longer than any text the service takes would only make every step slower, or not fit at all.
     retain = [row for row, length in zip(rows, lengths, strict=True) if length <= settings.max_text_tokens]
@@ -122,20 +122,6 @@ def prepare(settings: Settings) -> Context:
         log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), settings.max_text_tokens)
     log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
     return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
-
-
-def load_model(settings: Settings) -> FrozenLLM:
-    """The model, as the API loads it: any difference is another fingerprint. Raises NotConfigured, ModelError."""
-    source, adapter = resolve_model(settings)
-    return FrozenLLM.load(
-        source,
-        adapter=adapter,
-        quantization=settings.quantization,
-        device=settings.device,
-        template=settings.template,
-        labels=settings.labels,
-        generic_labels=settings.generic_labels,
-    )
 
 
 def exit_with_parent(parent: int) -> None:

@@ -167,12 +167,12 @@ class _Job:
         return self.check_and_activate(result, forget, retain)
 
     def retain_set(self) -> list[Example]:
-        """The operator's retain set without any text of a live request (promise 9). Raises JobFailed."""
-        live = self.commit(active_set.live_digests)
+        """The operator's retain set without any text that was ever to be forgotten (promise 9). Raises JobFailed."""
+        forgotten = self.commit(active_set.forgotten_digests)
         pairs = zip(self.context.retain, self.context.retain_digests, strict=True)
-        retain = [example for example, digest in pairs if digest not in live]
+        retain = [example for example, digest in pairs if digest not in forgotten]
         if not retain:
-            raise JobFailed("no-retain-rows", "every row of the retain set is a text of a live request")
+            raise JobFailed("no-retain-rows", "every row of the retain set is a text that was to be forgotten")
         return retain
 
     def train(self, request: UnlearnRequest, forget: list[Example], retain: list[Example]) -> TrainingResult:
@@ -182,6 +182,7 @@ class _Job:
         """
         config = training_config(self.settings, request.options)
         _, stack = self.read_stack()
+        self.check_room(stack, config.num_virtual_tokens)
         stored = self.commit(lambda session: job_queue.load_checkpoint(session, self.context.vault, self.claim))
         seconds = float(request.options.get("training_deadline_seconds", self.settings.training_deadline_seconds))
         deadline = time.monotonic() + seconds
@@ -216,10 +217,22 @@ class _Job:
         except TextTooLong as error:
             raise JobFailed("text-too-long", str(error)) from None
 
+    def check_room(self, stack: list[SoftPrompt], num_virtual_tokens: int) -> None:
+        """Every text that the service takes must fit behind the whole stack. Raises JobFailed."""
+        tokens = num_virtual_tokens + sum(prompt.num_virtual_tokens for prompt in stack)
+        room, wanted = self.context.llm.text_room(tokens), self.settings.max_text_tokens
+        if room < wanted:
+            detail = (
+                f"with {tokens} virtual tokens in force the model has room for texts of {max(0, room)} tokens, and "
+                f"LETHEON_MAX_TEXT_TOKENS promises {wanted}; revoke prompts or lower it"
+            )
+            raise JobFailed("active-set-full", detail)
+
     def check_and_activate(self, result: TrainingResult, forget: list[Example], retain: list[Example]) -> str:
         """Check the prompt on the very stack it will serve in, then put it in force. Raises JobFailed, LeaseLost."""
         for _ in range(MAX_RECHECKS):
             version, stack = self.read_stack()
+            self.check_room(stack, result.prompt.num_virtual_tokens)
             report = self.check([*stack, result.prompt], forget, retain)
             metrics = {
                 **report.as_dict(),
