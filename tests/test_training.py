@@ -43,7 +43,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
 
 def test_it_learns_to_abstain_and_keeps_the_weights(llm: FrozenLLM) -> None:
     weights = llm.weights_digest()
-    config = TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.05)
+    config = TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.1)
     result = train_soft_prompt(llm, FORGET, RETAIN, config)
     assert result.stopped == "converged"
     report = check_prompts(
@@ -311,7 +311,7 @@ def test_the_bfloat16_copy_is_the_same_model_up_to_rounding(tmp_path: Path, fami
 def test_training_against_the_copy_meets_the_checks_of_the_model_itself(tmp_path: Path) -> None:
     llm = FrozenLLM.load(str(make_tiny_model(tmp_path / "m")), quantization="nf4", device="cpu")
     result = train_soft_prompt(
-        llm, FORGET, RETAIN, TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.05)
+        llm, FORGET, RETAIN, TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.1)
     )
     limits = CheckLimits(0.9, 0.05, 0.05)
     report = check_prompts(llm, [result.prompt], FORGET, RETAIN, max_retain_rows=40, seed=0, limits=limits)

@@ -279,7 +279,7 @@ def test_an_unknown_label_ends_as_internal_with_its_type_only(context: Context) 
 
 
 def test_memory_that_runs_out_is_named(context: Context) -> None:
-    request_id = submit(context, num_virtual_tokens=10**13)
+    request_id = submit(context, retain_batch=10**13)
     run_job(changed(context, max_attempts=1), request_id)
     assert_failed(context, request_id, "out-of-memory")
 
