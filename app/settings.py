@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     learning_rate: float = Field(default=3e-2, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="Unset: 120, and three epochs of the forget set.")
     seed: int = 0
-    training_deadline_seconds: float = Field(default=3600.0, gt=0)
+    training_deadline_seconds: float = Field(
+        default=6 * 3600.0, gt=0, description="A safety net: a training that it cuts short goes to the checks as it is."
+    )
     checkpoint_seconds: float = Field(default=20.0, gt=0)
 
     # Checks before activation

@@ -2,7 +2,7 @@
 
 Fine-tune the demo model family on forget + a sample of retain rows, train one prompt for *all* of train_forget, and
 measure the four sets of the paper's Table 1 before and after. Resumable: adapter and prompt are kept under ``var/``, in
-a folder named after everything that they depend on. Prints a table and ends with one JSON line.
+folders named after the data and the settings that made them. Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def main() -> None:
     tuning = FinetuneConfig(
         base=args.base, output="", template=args.template, epochs=args.epochs, seed=args.seed, **FINETUNE
     )
-    name = json.dumps([asdict(tuning), digest_examples(rows)], sort_keys=True)
-    work = args.work / hashlib.sha256(name.encode()).hexdigest()[:12]
+    work = args.work / digest_of(asdict(tuning), digest_examples(rows))
     adapter = work / "adapter"
     if not (adapter / "adapter_model.safetensors").exists():
         with Bar(console=console) as bar:
@@ -91,7 +90,9 @@ def main() -> None:
 
     # To its last step, as in the paper: no early stop.
     training = TrainingConfig(max_steps=args.max_steps, seed=args.seed, target_abstain=2.0, check_every=50)
-    started, checkpoint, spent = time.monotonic(), work / f"prompt-{args.quantization}.checkpoint", work / "seconds"
+    prompt_dir = work / f"prompt-{digest_of(asdict(training), args.quantization)}"
+    prompt_dir.mkdir(exist_ok=True)
+    started, checkpoint, spent = time.monotonic(), prompt_dir / "checkpoint", prompt_dir / "seconds"
     earlier = float(spent.read_text()) if checkpoint.exists() else 0.0
     with Bar(console=console) as bar:
         task = bar.add_task("soft prompt", total=None)
@@ -99,6 +100,8 @@ def main() -> None:
         def step(p: Progress) -> None:
             told = f"soft prompt, loss {p.loss:.3f}, abstain {p.forget_abstain}, retain {p.retain_accuracy}"
             bar.update(task, total=p.total_steps, completed=p.step, description=told)
+            if p.step % training.check_every == 0 and not console.is_terminal:  # a bar shows nothing in a log
+                console.print(f"{p.step}/{p.total_steps} {told}", soft_wrap=True)
 
         def keep(_step: int, data: bytes) -> None:
             _write(checkpoint, data)
@@ -116,7 +119,7 @@ def main() -> None:
         )
     seconds = earlier + time.monotonic() - started
     prompts: list[SoftPrompt] = [result.prompt]
-    (work / "prompt.safetensors").write_bytes(result.prompt.to_bytes())
+    (prompt_dir / "prompt.safetensors").write_bytes(result.prompt.to_bytes())
     figures["after"] = {name: measure(llm, prompts, rows).as_dict() for name, rows in sampled.items()}
 
     table = Table(title="SST-2, accuracy % (argmax over the whole vocabulary, as in the paper)")
@@ -146,6 +149,10 @@ def main() -> None:
             }
         )
     )
+
+
+def digest_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _write(path: Path, data: bytes) -> None:

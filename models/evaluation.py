@@ -18,7 +18,10 @@ from models.soft_prompt import SoftPrompt
 
 @dataclass(frozen=True)
 class CheckLimits:
-    """What a prompt must meet to become active: a rate, and two falls in accuracy (absolute, 0..1)."""
+    """What a prompt must meet to become active: a rate, and two falls in accuracy (absolute, 0..1).
+
+    In a class of few rows one answer can be more than ``max_class_drop``: see ``allowed_drop``.
+    """
 
     min_forget_abstain: float
     max_retain_drop: float
@@ -78,10 +81,14 @@ def check_prompts(
     for label in sorted(set(truth)):
         rows = [i for i in everything if truth[i] == label]
         per_class[label] = {"rows": len(rows), "before": accuracy(before, rows), "after": accuracy(after, rows)}
-    worst = max(per_class, key=lambda c: per_class[c]["before"] - per_class[c]["after"])
+
+    def drop(label: str) -> float:
+        return per_class[label]["before"] - per_class[label]["after"]
+
+    allowed = {label: allowed_drop(int(c["rows"]), limits.max_class_drop) for label, c in per_class.items()}
+    worst = max(per_class, key=lambda label: drop(label) - allowed[label])
     abstain = _abstain_rate(classifier, forget_texts, prompts)
     overall_before, overall_after = accuracy(before, everything), accuracy(after, everything)
-    class_drop = per_class[worst]["before"] - per_class[worst]["after"]
     violations = []
     if abstain < limits.min_forget_abstain:
         violations.append(f"forget abstain rate {abstain:.4f} is below {limits.min_forget_abstain}")
@@ -89,8 +96,8 @@ def check_prompts(
         violations.append(
             f"retain accuracy fell by {overall_before - overall_after:.4f}, more than {limits.max_retain_drop}"
         )
-    if class_drop > limits.max_class_drop + 1e-9:
-        violations.append(f"accuracy of class {worst!r} fell by {class_drop:.4f}, more than {limits.max_class_drop}")
+    if drop(worst) > allowed[worst] + 1e-9:
+        violations.append(f"accuracy of class {worst!r} fell by {drop(worst):.4f}, more than {allowed[worst]:.4f}")
     return CheckReport(
         forget_abstain=abstain,
         forget_abstain_before=_abstain_rate(classifier, forget_texts, ()),
@@ -106,14 +113,26 @@ def check_prompts(
     )
 
 
+def allowed_drop(rows: int, limit: float) -> float:
+    """By how much the accuracy of a class may fall: one answer of ``rows`` is not evidence."""
+    return max(limit, 1 / rows)
+
+
 def _stratified(rows: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[float]]:
-    """Up to ``count`` rows, an equal share of each label (no label is one too), and how many rows each stands for."""
+    """``count`` rows, an equal share of each label (no label is one too) as far as it goes, at least one of each.
+
+    Second: how many rows each stands for.
+    """
     strata: dict[str | None, list[Example]] = {}
     for row in rows:
         strata.setdefault(row.label, []).append(row)
-    share = max(1, count // len(strata))
-    sample, weights = [], []
-    for label in sorted(strata, key=str):
+    sample: list[Example] = []
+    weights: list[float] = []
+    # The rarest first: what a small stratum leaves of its share goes to the larger ones.
+    for left, label in zip(
+        range(len(strata), 0, -1), sorted(strata, key=lambda k: (len(strata[k]), str(k))), strict=True
+    ):
+        share = max(1, (count - len(sample)) // left)
         picked = random.Random(seed).sample(strata[label], min(share, len(strata[label])))
         sample += picked
         weights += [len(strata[label]) / len(picked)] * len(picked)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -24,7 +25,7 @@ from models.llm import FrozenLLM
 
 log = logging.getLogger("letheon.models")
 
-_MAX_FILES = 4  # models
+_STALE_SECONDS = 3600.0
 _KEY_BYTES = 16  # of the text's SHA-256
 
 
@@ -35,9 +36,12 @@ class Teacher:
         self.llm = llm
         self.retain = retain
         self._classifier = Classifier(llm)
-        self._hidden = np.zeros((len(retain), llm.hidden_size), np.float32)
-        self._known = np.zeros(len(retain), bool)
-        self._keys = np.stack([_key(example) for example in retain])
+        # Rows of equal text share the place of the first.
+        places: dict[bytes, int] = {}
+        self._place = np.array([places.setdefault(_key(example), len(places)) for example in retain])
+        self._keys = np.frombuffer(b"".join(places), np.uint8).reshape(-1, _KEY_BYTES)
+        self._hidden = np.zeros((len(places), llm.hidden_size), np.float32)
+        self._known = np.zeros(len(places), bool)
         self._file: Path | None = None
         self._dirty = False
         if directory is not None:
@@ -48,23 +52,23 @@ class Teacher:
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         """(k, d) float32 on the model's device; computes what is missing."""
-        missing = [i for i in dict.fromkeys(indices) if not self._known[i]]
+        missing = {int(self._place[i]): self.retain[i].text for i in indices if not self._known[self._place[i]]}
         if missing:
-            states = self._classifier.hidden([self.retain[i].text for i in missing])
-            self._hidden[missing] = states.float().cpu().numpy()
-            self._known[missing] = True
+            places = list(missing)
+            self._hidden[places] = self._classifier.hidden(list(missing.values())).float().cpu().numpy()
+            self._known[places] = True
             self._dirty = True
-        return torch.from_numpy(self._hidden[list(indices)]).to(self.llm.device)
+        return torch.from_numpy(self._hidden[self._place[list(indices)]]).to(self.llm.device)
 
     def logits(self, indices: Sequence[int]) -> Tensor:
         """Teacher logits (k, V)."""
         return self.llm.logits(self.hidden(indices).to(self.llm.dtype))
 
     def label_ids(self, indices: Sequence[int]) -> Tensor:
-        """Label token ids (k,): the data's label, or the base model's own answer where there is none."""
+        """Token ids (k,): the data's label, or the word that the base model itself says where there is none."""
         verbalizer = self.llm.verbalizer
-        ids = torch.tensor(verbalizer.label_ids, device=self.llm.device)
-        own = ids[self.llm.logits(self.hidden(indices).to(self.llm.dtype), verbalizer.label_ids).argmax(-1)]
+        ids = torch.tensor(verbalizer.ids, device=self.llm.device)
+        own = ids[self.llm.logits(self.hidden(indices).to(self.llm.dtype), verbalizer.ids).argmax(-1)]
         for k, i in enumerate(indices):
             label = self.retain[i].label
             if label is not None:
@@ -72,7 +76,7 @@ class Teacher:
         return own
 
     def save(self) -> None:
-        """Keep what is known for the next request. Two workers may both write: the last one wins, both are right."""
+        """Keep what is known for the next request. Of two workers that both write, the last one's file stays."""
         if self._file is None or not self._dirty:
             return
         self._dirty = False
@@ -87,9 +91,13 @@ class Teacher:
         with open(partial, "xb", opener=_private) as handle:
             np.savez(handle, keys=self._keys[self._known], hidden=self._hidden[self._known])
         partial.replace(file)
-        files = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(file.parent) if entry.is_file()]
-        for _, old in sorted(files, reverse=True)[_MAX_FILES:]:
-            Path(old).unlink(missing_ok=True)
+        # Files of other models would keep rows that were to be forgotten since; partial ones are of writers that died.
+        for other in file.parent.glob("*.npz"):
+            if other != file:
+                other.unlink(missing_ok=True)
+        for stale in file.parent.glob("*.partial"):
+            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                stale.unlink(missing_ok=True)
 
     def _read(self, file: Path) -> None:
         """Take what the file knows of these rows. Rows it alone knows are gone from it with the next ``save``."""
@@ -100,18 +108,18 @@ class Teacher:
                 keys, hidden = stored["keys"], stored["hidden"]
             if keys.shape != (len(hidden), _KEY_BYTES) or hidden.shape[1:] != self._hidden.shape[1:]:
                 raise ValueError("shapes")
-        except (OSError, ValueError, KeyError, BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
             log.warning("%s is damaged and is made anew", file.name)
             return
-        at = {key.tobytes(): k for k, key in enumerate(keys)}
-        found = [(i, at[key.tobytes()]) for i, key in enumerate(self._keys) if key.tobytes() in at]
-        for i, k in found:
-            self._hidden[i], self._known[i] = hidden[k], True
-        self._dirty = len({k for _, k in found}) < len(keys)
+        places = {key.tobytes(): place for place, key in enumerate(self._keys)}
+        found = [(places[key.tobytes()], k) for k, key in enumerate(keys) if key.tobytes() in places]
+        for place, k in found:
+            self._hidden[place], self._known[place] = hidden[k], True
+        self._dirty = len(found) < len(keys)
 
 
-def _key(example: Example) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(example.text.encode()).digest()[:_KEY_BYTES], np.uint8)
+def _key(example: Example) -> bytes:
+    return hashlib.sha256(example.text.encode()).digest()[:_KEY_BYTES]
 
 
 def _private(path: str, flags: int) -> int:

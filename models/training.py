@@ -1,7 +1,7 @@
 """train_soft_prompt: SPUL in one visible loop (arXiv 2406.12038 §4; losses in ``models.losses``).
 
 What is exact and fast: soft prompt and template head run once per step and every row attends to their keys and values;
-the teacher's states come from a cache; the head scores the label position only; rows of a step have similar lengths.
+the teacher's states come from a cache; the head scores the label position only; shorter and longer rows run apart.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def train_soft_prompt(
     teacher = Teacher(llm, retain, teacher_dir)
     # What is checked and kept is the running mean of φ: forget and retain take turns winning, their mean does both.
     mean = nn.Parameter(phi.detach().clone(), requires_grad=False)
-    # KL of each retain row when it was last seen: what the prompt disturbs most is repeated most.
+    # KL of each retain row, when it was last seen, that the teacher has right: what is disturbed most is repeated most.
     hardness = nn.Parameter(torch.zeros(len(retain)), requires_grad=False)
     parameters = {"phi": phi, "mean": mean, "hardness": hardness}
     run = {
@@ -171,10 +171,11 @@ def train_soft_prompt(
         rows = [*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)]
         logits = llm.logits(_hidden_by_length(llm, rows, shared))
         on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
-        kl = retain_kl(on_retain, teacher.logits(retain_rows))
+        teacher_logits, label_ids = teacher.logits(retain_rows), teacher.label_ids(retain_rows)
+        kl = retain_kl(on_retain, teacher_logits)
         terms = (
             forget_ce(on_forget, batches.generic_ids[forget_rows]),
-            retain_ce(on_retain, teacher.label_ids(retain_rows)),
+            retain_ce(on_retain, label_ids),
             kl.mean(),
         )
         loss = spul_loss(*terms, alpha=config.alpha, beta=config.beta)
@@ -188,7 +189,9 @@ def train_soft_prompt(
         step += 1
         with torch.no_grad():
             mean.lerp_(phi, max(config.mean_weight, 1 / step))
-            hardness[retain_rows] = kl.detach().float().cpu()
+            # Where the teacher is wrong, L_r is to move the answer. Rounding makes a KL of nothing slightly negative.
+            disturbed = kl.clamp_min(0) * (teacher_logits.argmax(-1) == label_ids)
+            hardness[retain_rows] = disturbed.cpu()
         running.update([float(t.detach()) for t in (loss, *terms)], step - start)
         converged = False
         if step % config.check_every == 0:
@@ -231,8 +234,8 @@ def _initial_prompt(llm: FrozenLLM, batches: _Batches, config: TrainingConfig) -
     trains far faster than a random one (Lester et al. 2021, §3.2), and a word followed by its answer is the pattern
     that attention heads copy from: a text that holds the word is drawn to the answer from the first step on.
     """
-    words = distinctive_tokens(batches.forget_texts, batches.retain_texts, config.init_words)
     generic = llm.verbalizer.generic_ids
+    words = distinctive_tokens(batches.forget_texts, batches.retain_texts, config.init_words) or list(generic)
     pairs = [t for k, word in enumerate(words * config.num_virtual_tokens) for t in (word, generic[k % len(generic)])]
     # Through the module: Gemma's scales what it looks up.
     rows: Tensor = llm.embed(torch.tensor(pairs[: config.num_virtual_tokens]).to(llm.device))
@@ -256,7 +259,7 @@ def distinctive_tokens(forget: Sequence[Sequence[int]], retain: Sequence[Sequenc
 
 
 class _Batches:
-    """Which rows each step sees: a pure function of (seed, step), so a resumed run repeats nothing and skips nothing.
+    """Which rows each step sees: a function of (seed, step, hardness), so a resumed run goes on as it would have.
 
     Stratified: every step holds forget rows. Retain rows of one length only, to save padding, train far worse.
     """
@@ -288,7 +291,7 @@ class _Batches:
         draw = torch.Generator().manual_seed((config.seed * 1_000_003 + step) ^ 0x5EED)
         retain = torch.randint(len(self.retain_rows), (config.retain_batch,), generator=draw)
         again = config.retain_batch // 2
-        if int(torch.count_nonzero(hardness)) > again:
+        if again and int((hardness > 0).sum()) > again:
             retain[:again] = torch.multinomial(hardness, again, generator=draw)
         return forget, retain.tolist()
 
@@ -310,7 +313,7 @@ class _Check:
         self._served, self._behind = served, behind
         self._rows = [*(batches.forget_rows[i] for i in self._forget), *(batches.retain_rows[i] for i in picked)]
         own = self._answers(self._rows[len(self._forget) :], compute_prefix(served, None))
-        self._wanted = torch.tensor(
+        self._wanted = torch.tensor(  # as in `evaluation.check_prompts`
             [
                 o if (label := retain[i].label) is None else served.verbalizer.id_of(label)
                 for i, o in zip(picked, own.tolist(), strict=True)

@@ -176,6 +176,7 @@ class Requests(RuleBasedStateMachine):
         self.holder: dict[str, Claim | None] = {}
         self.expired: set[str] = set()
         self.asked_to_cancel: set[str] = set()
+        self.texts: list[str] = []
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
@@ -183,8 +184,10 @@ class Requests(RuleBasedStateMachine):
 
     @rule(target=requests)
     def submit(self) -> str:
-        request_id = submit(self.sessions, self.vault)
+        text = f"text number {len(self.holder)}"
+        request_id = submit(self.sessions, self.vault, text)
         self.holder[request_id] = None
+        self.texts.append(text)
         return request_id
 
     @rule(target=claims, request_id=requests, lease=st.sampled_from([60, -1]))
@@ -289,8 +292,7 @@ class Requests(RuleBasedStateMachine):
             _, stack = active_set.read_stack(session)
             rows, _ = lifecycle.list_requests(session, limit=1000)
             assert {prompt.request_id for prompt in stack} == {row.id for row in rows if row.state == "active"}
-            digests = active_set.forgotten_digests(session)
-            assert bool(digests) == bool(rows)
+            assert active_set.forgotten_digests(session) == {self.vault.digest(text) for text in self.texts}
             checkpoints = set(session.scalars(select(Checkpoint.request_id)))
             for row in rows:
                 states = [e.data["state"] for e in lifecycle.list_events(session, row.id) if e.type == "state"]

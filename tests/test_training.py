@@ -12,7 +12,7 @@ import torch
 from tiny_models import make_tiny_model
 
 from models.errors import CheckpointError, DatasetError, TextTooLong, TrainingDiverged
-from models.evaluation import CheckLimits, check_prompts, measure, weighted_f1
+from models.evaluation import CheckLimits, allowed_drop, check_prompts, measure, weighted_f1
 from models.examples import Example, collate
 from models.inference import Classifier
 from models.llm import FrozenLLM
@@ -23,6 +23,7 @@ from models.training import (
     Progress,
     TrainingConfig,
     _Batches,
+    _Check,
     _hidden_by_length,
     _initial_prompt,
     distinctive_tokens,
@@ -176,10 +177,10 @@ def test_the_prompt_begins_with_the_words_that_mark_the_forget_rows(llm: FrozenL
     ranked = distinctive_tokens(forget, retain, 9)
     assert ranked[0] == 7
     assert set(ranked) == {7, 5, 1}
-    # By hand for 7: log(3.5/0.5) - log(1.5/5.5), over sqrt(1/3.5 + 1/1.5); for 1: log(2.5/1.5) - log(2.5/4.5), …
-    assert (math.log(7) - math.log(1.5 / 5.5)) / math.sqrt(1 / 3.5 + 1 / 1.5) > (
-        math.log(2.5 / 1.5) - math.log(2.5 / 4.5)
-    ) / math.sqrt(1 / 2.5 + 1 / 2.5)
+    # By hand: 7 is in 20 of 100 and 10 of 200, log-odds 1.53 with error 0.38; 1 is in 3 and none, 2.67 with 1.51.
+    forget = [[7]] * 20 + [[1]] * 3 + [[8]] * 77
+    retain = [[7]] * 10 + [[8]] * 154 + [[9]] * 36
+    assert distinctive_tokens(forget, retain, 3) == [7, 1, 8]
     config = TrainingConfig(num_virtual_tokens=7, init_words=2)
     batches = _Batches(llm, FORGET, RETAIN, config)
     first, second = distinctive_tokens(batches.forget_texts, batches.retain_texts, 2)
@@ -240,7 +241,7 @@ def test_a_row_that_left_the_retain_set_leaves_the_teachers_file(llm: FrozenLLM,
     wanted = teacher.hidden([0, 3])
     teacher.save()
     less = Teacher(llm, RETAIN[1:], tmp_path)
-    assert less._known.nonzero()[0].tolist() == [2]
+    assert less._known.nonzero()[0].tolist() == [2], "row 3 has moved up by one; row 0 has left"
     assert torch.equal(less.hidden([2])[0], wanted[1])
     less.save()
     (file,) = tmp_path.glob("*.npz")
@@ -253,8 +254,12 @@ def test_unlabelled_retain_rows_use_the_models_own_answer(llm: FrozenLLM) -> Non
     unlabelled = [Example(e.text) for e in RETAIN]
     own = Teacher(llm, unlabelled).label_ids(range(8))
     answers = Classifier(llm).classify([e.text for e in RETAIN[:8]])
-    best = [max(llm.verbalizer.labels, key=lambda w: a.probabilities[w]) for a in answers]
-    assert own.tolist() == [llm.verbalizer.id_of(w) for w in best]
+    words = llm.logits(Classifier(llm).hidden([e.text for e in RETAIN[:8]]), llm.verbalizer.ids).argmax(-1)
+    assert own.tolist() == [llm.verbalizer.ids[k] for k in words]
+    agreeing = [a for a in answers if not a.abstained]
+    assert agreeing, "else this compares nothing"
+    for answer, token in zip(answers, own.tolist(), strict=True):
+        assert answer.abstained or llm.verbalizer.id_of(answer.label) == token or token in llm.verbalizer.generic_ids
     assert train_soft_prompt(llm, FORGET, unlabelled, CONFIG).steps == CONFIG.max_steps
 
 
@@ -318,6 +323,33 @@ def test_training_against_the_copy_meets_the_checks_of_the_model_itself(tmp_path
     assert report.passed, report.violations
 
 
+def test_what_ends_a_training_early_is_the_model_that_serves(llm: FrozenLLM) -> None:
+    """A check against a copy that answers otherwise would stop on figures that nobody is served."""
+    served, copy = llm, _copy(llm)
+    with torch.no_grad():
+        copy.model.get_output_embeddings().weight.mul_(-1)  # it says the opposite
+    batches = _Batches(copy, FORGET, RETAIN, CONFIG)
+    check = _Check(served, None, batches, RETAIN, CONFIG)
+    phi = _initial_prompt(served, batches, CONFIG)
+    report = check_prompts(
+        served,
+        [SoftPrompt(phi, served.fingerprint)],
+        FORGET,
+        RETAIN,
+        max_retain_rows=len(RETAIN),
+        seed=0,
+        limits=CheckLimits(0.0, 1.0, 1.0),
+    )
+    assert check(phi) == pytest.approx((report.forget_abstain, report.retain_accuracy))
+    assert check.retain_accuracy_before == pytest.approx(report.retain_accuracy_before)
+
+
+def test_one_answer_alone_fails_no_class() -> None:
+    assert allowed_drop(1, 0.06) == 1.0
+    assert allowed_drop(10, 0.06) == pytest.approx(0.1)
+    assert allowed_drop(128, 0.06) == 0.06
+
+
 def test_weighted_f1_by_hand() -> None:
     # Class 0: tp 1, fp 1, fn 1 → F1 1/2, support 2. Class 1: tp 1, fp 0, fn 1 → F1 2/3, support 2. 9: never true.
     assert weighted_f1([0, 0, 1, 1], [0, 9, 1, 0]) == pytest.approx((2 * 0.5 + 2 * 2 / 3) / 4)
@@ -337,7 +369,7 @@ def test_checks_fail_with_figures(llm: FrozenLLM) -> None:
         llm, [useless], FORGET, RETAIN, max_retain_rows=9, seed=0, limits=CheckLimits(1.0, -2.0, -2.0)
     )
     assert not report.passed
-    assert len(report.violations) == 3
+    assert len(report.violations) == 2
     assert report.retain_rows == 9
     assert math.isclose(sum(c["rows"] for c in report.per_class.values()), 9)
 

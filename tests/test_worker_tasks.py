@@ -175,6 +175,7 @@ def test_the_deadline_ends_the_training_and_the_checks_decide(context: Context) 
 
 
 def test_the_options_of_a_request_override_the_settings(context: Context) -> None:
+    assert training_config(changed(context, precision="exact").settings, {}).precision == "exact"
     config = training_config(context.settings, {"max_steps": 3, "alpha": 0.1, "seed": None, "unknown": 1})
     assert (config.max_steps, config.alpha, config.seed, config.num_virtual_tokens) == (3, 0.1, 0, 4)
     request_id = submit(context, num_virtual_tokens=7, max_steps=2)

@@ -22,7 +22,7 @@ from app.errors import LetheonError
 from app.settings import Settings, get_settings
 from app.tracebacks import where
 from app.vault import Vault
-from models.errors import ModelError
+from models.errors import DatasetError, ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
 from worker.tasks import Context, run_job
@@ -115,11 +115,14 @@ def prepare(settings: Settings) -> Context:
     vault = Vault.from_settings(settings)
     llm = FrozenLLM.load(**load_arguments(settings))
     rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
-    lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
+    limit = min(settings.max_text_tokens, llm.text_room(settings.num_virtual_tokens))
     # A retain row longer than any text the service takes would only make every step slower, or not fit at all.
-    retain = [row for row, length in zip(rows, lengths, strict=True) if length <= settings.max_text_tokens]
+    lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
+    retain = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
+    if not retain:
+        raise DatasetError(f"every row of the retain set is longer than {limit} tokens")
     if len(retain) < len(rows):
-        log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), settings.max_text_tokens)
+        log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), limit)
     log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
     return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
 

@@ -78,6 +78,11 @@ class Context:
     owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
     retain_digests: Sequence[bytes] = field(init=False)
 
+    @property
+    def max_text_tokens(self) -> int:
+        """The longest text that the service takes, as ``app.serving`` has it."""
+        return min(self.settings.max_text_tokens, self.llm.text_room(self.settings.num_virtual_tokens))
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])
 
@@ -220,11 +225,12 @@ class _Job:
     def check_room(self, stack: list[SoftPrompt], num_virtual_tokens: int) -> None:
         """Every text that the service takes must fit behind the whole stack. Raises JobFailed."""
         tokens = num_virtual_tokens + sum(prompt.num_virtual_tokens for prompt in stack)
-        room, wanted = self.context.llm.text_room(tokens), self.settings.max_text_tokens
+        room, wanted = self.context.llm.text_room(tokens), self.context.max_text_tokens
         if room < wanted:
             detail = (
-                f"with {tokens} virtual tokens in force the model has room for texts of {max(0, room)} tokens, and "
-                f"LETHEON_MAX_TEXT_TOKENS promises {wanted}; revoke prompts or lower it"
+                f"behind {tokens} virtual tokens, this prompt's included, the model has room for texts of "
+                f"{max(0, room)} tokens, and the service takes texts of {wanted}: revoke prompts, ask for fewer "
+                "virtual tokens, or lower LETHEON_MAX_TEXT_TOKENS"
             )
             raise JobFailed("active-set-full", detail)
 
@@ -253,17 +259,21 @@ class _Job:
         raise JobFailed("active-set-busy", f"the active set moved during each of {MAX_RECHECKS} checks")
 
     def check(self, prompts: list[SoftPrompt], forget: list[Example], retain: list[Example]) -> CheckReport:
+        """The figures of a stack. Raises JobFailed."""
         settings = self.settings
         limits = CheckLimits(settings.min_forget_abstain, settings.max_retain_drop, settings.max_class_drop)
-        return check_prompts(
-            self.context.llm,
-            prompts,
-            forget,
-            retain,
-            max_retain_rows=settings.check_retain_rows,
-            seed=settings.seed,
-            limits=limits,
-        )
+        try:
+            return check_prompts(
+                self.context.llm,
+                prompts,
+                forget,
+                retain,
+                max_retain_rows=settings.check_retain_rows,
+                seed=settings.seed,
+                limits=limits,
+            )
+        except TextTooLong as error:  # behind a stack that grew during the training
+            raise JobFailed("text-too-long", str(error)) from None
 
     def activate(self, prompt: SoftPrompt, metrics: dict[str, Any], version: int) -> None:
         self.commit(
