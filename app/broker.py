@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import time
+from queue import Empty
 from typing import Any
 
 from celery import Celery
@@ -26,12 +27,27 @@ _CONNECT_SECONDS = 2.0
 
 
 class DoorbellChannel(filesystem.Channel):
-    """kombu's filesystem channel writes a message in place, so a reader may take it half-written and crash on it."""
+    """kombu's filesystem channel writes a message in place, so a reader may take it half-written and crash on it.
+
+    It also dies of a folder that someone deleted; messages may be lost, so an empty new one serves as well.
+    """
+
+    def _get(self, queue: str, timeout: float | None = None) -> Any:
+        os.makedirs(self.data_folder_in, mode=0o700, exist_ok=True)
+        try:
+            return super()._get(queue)  # type: ignore[no-untyped-call]
+        except FileNotFoundError:  # between the two
+            raise Empty from None
+
+    def _size(self, queue: str) -> int:
+        os.makedirs(self.data_folder_in, mode=0o700, exist_ok=True)
+        return int(super()._size(queue))  # type: ignore[no-untyped-call]
 
     def _put(self, queue: str, payload: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]  # as kombu's own
         name = f"{time.time_ns():020d}_{secrets.token_hex(8)}.{queue}.msg"  # kombu reads them in order of name
         target = os.path.join(self.data_folder_out, name)
         try:
+            os.makedirs(self.data_folder_out, mode=0o700, exist_ok=True)
             with open(target + ".part", "w", encoding="utf-8") as file:
                 json.dump(payload, file)
             os.replace(target + ".part", target)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -73,6 +74,10 @@ class CommandGroup(TyperGroup):
         except ValidationError as error:  # of the settings; without the value, which may be a secret
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
             fail(f"configuration: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        except SettingsError as error:  # a list that is not JSON
+            fail(f"configuration: {error}")
+        except UnicodeEncodeError:  # half a surrogate pair, or a key that is no ASCII
+            fail("a text, key or option holds a character that cannot be sent")
         except OSError as error:  # a file that is missing, a folder that is not writable, a full disk
             if error.filename is None:
                 raise

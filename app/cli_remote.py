@@ -186,7 +186,7 @@ def follow(client: Client, request_id: str) -> dict[str, Any]:
 
 
 def read_texts(path: Path) -> list[str | dict[str, Any]]:
-    """Texts of a file or of standard input: JSONL when the name or the first character says so, else plain lines.
+    """Texts of a file or of standard input: JSONL when the name or the first line says so, else plain lines.
 
     Raises InvalidInput naming the line, never its content.
     """
@@ -199,13 +199,13 @@ def read_texts(path: Path) -> list[str | dict[str, Any]]:
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise InvalidInput(f"{name} is empty")
-    if path.suffix.lower() not in (".jsonl", ".ndjson") and not numbered[0][1].startswith("{"):
+    if path.suffix.lower() not in (".jsonl", ".ndjson") and not _is_json_line(numbered[0][1]):
         return [line for _, line in numbered]
     items: list[str | dict[str, Any]] = []
     for number, line in numbered:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidInput(f"{name}, line {number}: not JSON") from None
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             label = row.get("label")
@@ -217,18 +217,33 @@ def read_texts(path: Path) -> list[str | dict[str, Any]]:
     return items
 
 
+def _is_json_line(line: str) -> bool:
+    """An object, even a broken one, or a whole JSON string. A list is taken for text nowhere: it is refused as JSON."""
+    if line.startswith(("{", "[{", '["')):
+        return True
+    try:
+        return isinstance(json.loads(line), str)
+    except (ValueError, RecursionError):
+        return False
+
+
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """``name=value`` pairs; the value is JSON. Raises InvalidInput."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         try:
-            options[name] = json.loads(value)
+            options[name] = json.loads(value, parse_constant=_no_constant)
+            json.dumps(options[name], allow_nan=False)  # 1e999 is read as infinite
         except ValueError:
             equals = ""
         if not equals or not name:
             raise InvalidInput("--option takes name=number, such as max_steps=200")
     return options
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
 
 
 def print_request(request: dict[str, Any]) -> None:

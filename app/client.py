@@ -55,12 +55,17 @@ class Client:
 
     def __init__(self, url: str, api_key: str | None, *, timeout: float = 120.0) -> None:
         """Raises InvalidInput for an address that is no plain http(s) URL or that carries a password."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            parts.port  # noqa: B018  # raises for what is no port
+        except ValueError:
+            raise InvalidInput("LETHEON_URL must look like http://host:port") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidInput("LETHEON_URL must look like http://host:port")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise InvalidInput("LETHEON_URL must not carry a user, password or query; the key goes in LETHEON_API_KEY")
         self.url = url.rstrip("/")
+        api_key = (api_key or "").strip()  # a file that it came from may end in a newline
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.Client(
             base_url=self.url,

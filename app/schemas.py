@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.tables import PromptState, RequestState
@@ -35,8 +35,29 @@ Text = Annotated[str, AfterValidator(_is_unicode), AfterValidator(_not_blank)]
 Reason = Annotated[str, StringConstraints(max_length=500), AfterValidator(_is_unicode), AfterValidator(_no_nul)]
 
 
+MAX_ENTRIES = 16_384
+"""Of any list in a body. A body of millions of tiny entries is refused before each of them gets an error of its own."""
+MAX_NAMES = 32
+
+
+def _few_entries(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_ENTRIES:
+        raise PydanticCustomError("too_long", "must have at most {max_length} entries", {"max_length": MAX_ENTRIES})
+    return value
+
+
+FewEntries = BeforeValidator(_few_entries)
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_NAMES:
+            raise PydanticCustomError("too_long", "must have at most {max_length} fields", {"max_length": MAX_NAMES})
+        return value
 
 
 class Row(BaseModel):
@@ -93,7 +114,9 @@ class UnlearnRequestIn(Body):
         }
     )
 
-    forget_texts: list[ForgetTextItem] = Field(min_length=1, description="1 to the server's maximum (4096 by default).")
+    forget_texts: Annotated[list[ForgetTextItem], FewEntries] = Field(
+        min_length=1, description="1 to the server's maximum (4096 by default)."
+    )
     reason: Reason | None = Field(default=None, description="Kept with the request; put no personal data here.")
     options: TrainingOptions | None = None
 
@@ -139,7 +162,9 @@ class ClassifyIn(Body):
     )
 
     text: Text | None = None
-    texts: list[Text] | None = Field(default=None, min_length=1, description="1 to the server's maximum (256).")
+    texts: Annotated[list[Text] | None, FewEntries] = Field(
+        default=None, min_length=1, description="1 to the server's maximum (256)."
+    )
     scores: bool = Field(default=False, description="Add `confidence` and `scores`; needs the scope `scores`.")
 
 

@@ -34,8 +34,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8600, ge=0, le=65535)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
-    max_forget_texts: int = Field(default=4096, ge=1)
-    max_classify_texts: int = Field(default=256, ge=1)
+    max_forget_texts: int = Field(default=4096, ge=1, le=16_384)
+    max_classify_texts: int = Field(default=256, ge=1, le=16_384)
     max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")
     max_queued_texts: int = Field(default=2048, ge=1, description="Waiting classify texts; beyond it 503.")
 
@@ -71,6 +71,11 @@ class Settings(BaseSettings):
     max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
     max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")
     check_retain_rows: int = Field(default=256, ge=8)
+    min_retain_rows: int = Field(
+        default=32,
+        ge=1,
+        description="With fewer rows left a request fails: nothing could be said about its side effects.",
+    )
 
     # Queue
     lease_seconds: float = Field(default=60.0, gt=0)

@@ -45,7 +45,11 @@ class Teacher:
         self._file: Path | None = None
         self._dirty = False
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # a cache: without its folder it is kept in memory
+                log.warning("the teacher's states are not kept (%s)", type(error).__name__)
+                return
             dtype = str(llm.dtype).removeprefix("torch.")  # a training copy has states of its own
             self._file = directory / f"{llm.fingerprint[:32]}-{dtype}.npz"
             self._read(self._file)

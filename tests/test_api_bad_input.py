@@ -20,6 +20,7 @@ GOOD = f"{MARKER} is a good film"
 LONG = f"{MARKER} " + "good film " * 80
 JSON = {"Content-Type": "application/json"}
 UNKNOWN = "req_" + "0" * 28
+MANY_NAMES = {f"a{i}": 1 for i in range(33)}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,14 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """One of its own: some of what is made up is valid, and leaves requests behind."""
     folder: Path = tmp_path_factory.mktemp("fuzzed")
     with running(f"sqlite:///{folder}/letheon.db", folder) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """One that takes bodies of the default size."""
+    folder: Path = tmp_path_factory.mktemp("roomy")
+    with running(f"sqlite:///{folder}/letheon.db", folder, max_body_bytes=4 * 2**20) as api:
         yield api
 
 
@@ -324,3 +333,20 @@ def test_field_paths() -> None:
     assert field_path(("query", "limit")) == "query.limit"
     assert field_path(("body",)) == "body"
     assert field_path(("body", "a b")) == "(unnamed)"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "limit"),
+    [
+        ("/classify", {"texts": [1] * 16_385}, "texts", 16_384),
+        ("/unlearn-requests", {"forget_texts": [{}] * 16_385}, "forget_texts", 16_384),
+        ("/unlearn-requests", {"forget_texts": [GOOD], "options": MANY_NAMES}, "options", 32),
+        ("/unlearn-requests", {"forget_texts": [{"text": GOOD} | MANY_NAMES]}, "forget_texts[0]", 32),
+        ("/classify", MANY_NAMES, "body", 32),
+    ],
+)
+def test_a_body_of_very_many_entries_is_one_error(roomy: Api, path: str, body: Any, field: str, limit: int) -> None:
+    """Millions of tiny entries, each with an error of its own, would hold the server up for many seconds."""
+    response = roomy.client.post(path, json=body, headers=roomy.key("requests", "classify"))
+    problem = assert_problem(response, 422, "invalid-input")
+    assert [(e["field"], e["limit"]) for e in problem["errors"]] == [(field, limit)]

@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import time
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -50,6 +52,17 @@ def test_filesystem(tmp_path: Path) -> None:
     assert receive(celery)[0] == [REQUEST_ID]
     assert list(messages.iterdir()) == []
     assert (tmp_path / "broker" / "messages").stat().st_mode & 0o077 == 0
+    celery.close()
+
+
+def test_a_folder_that_someone_deleted_is_made_again(tmp_path: Path) -> None:
+    celery = broker.make_celery(Settings(home=tmp_path))
+    shutil.rmtree(tmp_path / "broker")
+    with pytest.raises(Empty):
+        receive(celery)
+    shutil.rmtree(tmp_path / "broker", ignore_errors=True)
+    assert broker.enqueue_training(celery, REQUEST_ID, expires=60)
+    assert receive(celery)[0] == [REQUEST_ID]
     celery.close()
 
 

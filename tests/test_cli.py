@@ -230,9 +230,27 @@ def test_unreadable_texts_are_named_by_line_only(tmp_path: Path, content: bytes,
     assert MARKER not in error.value.detail
 
 
+def test_a_first_line_that_is_json_makes_it_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "texts"  # no suffix to go by, as on standard input
+    path.write_text('"a \\"b\\""\n{"text": "c"}\n')
+    assert read_texts(path) == ['a "b"', {"text": "c"}]
+    path.write_text('"Brilliant", she said.\n"second"\n')
+    assert read_texts(path) == ['"Brilliant", she said.', '"second"']
+    for broken in ('["a", "b"]\n', '{"text": ' + "[" * 100_000):
+        path.write_text(broken)
+        with pytest.raises(InvalidInput, match="line 1"):
+            read_texts(path)
+
+
+def test_addresses_that_are_none() -> None:
+    for url in ("http://[::1", "http://127.0.0.1:abc", "ftp://a", "http://"):
+        with pytest.raises(InvalidInput, match="LETHEON_URL"):
+            Client(url, None)
+
+
 def test_options() -> None:
     assert parse_options(["max_steps=3", "alpha=0.5"]) == {"max_steps": 3, "alpha": 0.5}
-    for wrong in ("max_steps", "=3", "max_steps=three"):
+    for wrong in ("max_steps", "=3", "max_steps=three", "max_steps=NaN", "alpha=Infinity", "alpha=1e999"):
         with pytest.raises(InvalidInput):
             parse_options([wrong])
 

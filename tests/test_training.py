@@ -16,6 +16,7 @@ from models.evaluation import CheckLimits, allowed_drop, check_prompts, measure,
 from models.examples import Example, collate
 from models.inference import Classifier
 from models.llm import FrozenLLM
+from models.losses import retain_kl
 from models.prefix_cache import compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt
 from models.teacher import Teacher
@@ -234,6 +235,43 @@ def test_teacher_is_the_unprompted_model_kept_on_disk(llm: FrozenLLM, tmp_path: 
     again = Teacher(llm, RETAIN, tmp_path)
     assert again._known.sum() == 2
     assert torch.equal(again.hidden([0, 3]), teacher.hidden([0, 3]))
+
+
+def test_an_empty_teacher_file_or_no_folder_for_it_costs_only_time(llm: FrozenLLM, tmp_path: Path) -> None:
+    teacher = Teacher(llm, RETAIN, tmp_path)
+    wanted = teacher.hidden([1])
+    teacher.save()
+    (file,) = tmp_path.glob("*.npz")
+    file.write_bytes(b"")
+    assert torch.equal(Teacher(llm, RETAIN, tmp_path).hidden([1]), wanted)
+    unusable = Teacher(llm, RETAIN, file / "teacher")  # below a file
+    assert torch.equal(unusable.hidden([1]), wanted)
+    unusable.save()
+
+
+def test_equal_rows_share_a_state_and_other_models_files_go(llm: FrozenLLM, tmp_path: Path) -> None:
+    (tmp_path / "another-model.npz").write_bytes(b"x")
+    twice = [RETAIN[0], RETAIN[1], RETAIN[0]]
+    teacher = Teacher(llm, twice, tmp_path)
+    assert torch.equal(*teacher.hidden([0, 2]))
+    teacher.save()
+    (file,) = tmp_path.glob("*.npz")
+    with np.load(file) as stored:
+        assert len(stored["keys"]) == 1
+    again = Teacher(llm, twice, tmp_path)
+    assert not again._dirty, "nothing has left the retain set"
+
+
+def test_a_kl_below_zero_by_rounding_does_not_stop_a_run(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 gives equal distributions a KL of about -1e-6 now and then; the repeated rows are drawn by it."""
+    below = torch.tensor([-1e-6] * 4 + [1e-3] * 4)
+    monkeypatch.setattr("models.training.retain_kl", lambda a, b: retain_kl(a, b) * 0 + below)
+    assert train_soft_prompt(llm, FORGET, RETAIN, CONFIG).steps == CONFIG.max_steps
+
+
+def test_one_retain_row_a_step_and_no_distinctive_word(llm: FrozenLLM) -> None:
+    config = TrainingConfig(num_virtual_tokens=3, max_steps=4, retain_batch=1, init_words=0, precision="exact")
+    assert train_soft_prompt(llm, FORGET[:1], RETAIN[:1], config).steps == 4
 
 
 def test_a_row_that_left_the_retain_set_leaves_the_teachers_file(llm: FrozenLLM, tmp_path: Path) -> None:

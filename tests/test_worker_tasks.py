@@ -219,7 +219,7 @@ def test_a_retain_set_of_forget_texts_only_is_refused(context: Context) -> None:
     shouted = [replace(example, text=f" {example.text.upper()} ") for example in context.retain]
     request_id = submit(context, texts=[lifecycle.ForgetText(e.text, e.label) for e in shouted])
     run_job(context, request_id)
-    assert_failed(context, request_id, "no-retain-rows")
+    assert_failed(context, request_id, "too-few-retain-rows")
 
 
 def test_texts_of_other_live_requests_are_left_out_of_the_retain_set(context: Context) -> None:

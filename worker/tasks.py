@@ -176,8 +176,12 @@ class _Job:
         forgotten = self.commit(active_set.forgotten_digests)
         pairs = zip(self.context.retain, self.context.retain_digests, strict=True)
         retain = [example for example, digest in pairs if digest not in forgotten]
-        if not retain:
-            raise JobFailed("no-retain-rows", "every row of the retain set is a text that was to be forgotten")
+        if len(retain) < self.settings.min_retain_rows:
+            detail = (
+                f"{len(retain)} of {len(self.context.retain)} rows of the retain set were never to be forgotten; "
+                f"{self.settings.min_retain_rows} are needed"
+            )
+            raise JobFailed("too-few-retain-rows", detail)
         return retain
 
     def train(self, request: UnlearnRequest, forget: list[Example], retain: list[Example]) -> TrainingResult:
@@ -218,7 +222,7 @@ class _Job:
         except (TrainingDiverged, InvalidPrompt):  # the latter when the very last step went off
             raise JobFailed("diverged", "the loss became infinite; a lower learning_rate may help") from None
         except DatasetError:
-            raise JobFailed("no-retain-rows", "training needs a forget row and a retain row") from None
+            raise JobFailed("too-few-retain-rows", "training needs a forget row and a retain row") from None
         except TextTooLong as error:
             raise JobFailed("text-too-long", str(error)) from None
 
