@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=0.5, ge=0)
     learning_rate: float = Field(default=3e-2, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="Unset: 120, and three epochs of the forget set.")
+    max_steps: int | None = Field(default=None, ge=1, description="Unset: 140, and three epochs of the forget set.")
     seed: int = 0
     training_deadline_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="A safety net: a training that it cuts short goes to the checks as it is."

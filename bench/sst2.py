@@ -89,7 +89,9 @@ def main() -> None:
     figures = {"before": {name: measure(llm, [], rows).as_dict() for name, rows in sampled.items()}}
 
     # To its last step, as in the paper: no early stop.
-    training = TrainingConfig(max_steps=args.max_steps, seed=args.seed, target_abstain=2.0, check_every=50)
+    training = TrainingConfig(
+        max_steps=args.max_steps, forget_batch=8, retain_batch=8, seed=args.seed, target_abstain=2.0, check_every=50
+    )
     prompt_dir = work / f"prompt-{digest_of(asdict(training), args.quantization)}"
     prompt_dir.mkdir(exist_ok=True)
     started, checkpoint, spent = time.monotonic(), prompt_dir / "checkpoint", prompt_dir / "seconds"

@@ -43,8 +43,8 @@ class TrainingConfig:
     learning_rate: float = 3e-2
     max_steps: int | None = None  # None: enough for this forget set, see `planned_steps`
     seed: int = 0
-    forget_batch: int = 8
-    retain_batch: int = 8
+    forget_batch: int = 4
+    retain_batch: int = 12
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
     init_words: int = 4  # distinctive tokens of the forget set that φ starts from
@@ -216,10 +216,10 @@ def train_soft_prompt(
 
 
 def planned_steps(config: TrainingConfig, forget_rows: int) -> int:
-    """Steps of a run that does not stop early: ``max_steps``, or 120 and at least three epochs over the forget set."""
+    """Steps of a run that does not stop early: ``max_steps``, or 140 and at least three epochs over the forget set."""
     if config.max_steps is not None:
         return config.max_steps
-    return max(120, 3 * math.ceil(forget_rows / config.forget_batch))
+    return max(140, 3 * math.ceil(forget_rows / config.forget_batch))
 
 
 def _schedule(step: int, total: int, warmup: int) -> float:

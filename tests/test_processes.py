@@ -185,8 +185,11 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
         one, two = (start_api(site, secret, stack) for _ in range(2))
         wait_ready(one)
         wait_ready(two)
-        base, version = two.classify()
-        assert base == Classifier(llm).classify([QUERY])[0].probabilities
+        # Bit for bit within a process; another process may compute with buffers that are aligned otherwise.
+        bases = {id(api): api.classify()[0] for api in (one, two)}
+        version = two.classify()[1]
+        for base in bases.values():
+            assert base == pytest.approx(Classifier(llm).classify([QUERY])[0].probabilities, rel=1e-5)
 
         # Accepted while no worker runs; the broker loses everything it holds.
         request_id = one.submit("first ")
@@ -213,12 +216,12 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
         for revoking, asked in ((one, two), (two, one)):
             version += 1
             suppressed, now = asked.classify()
-            assert suppressed != base and now == version
+            assert suppressed != bases[id(asked)] and now == version
             prompt = revoking.get("/admin/prompts?state=active")["items"][0]
             assert prompt["request_id"] == request_id
             revoking.post(f"/admin/prompts/{prompt['id']}/revoke", {"reason": "test"})
             version += 1
-            assert asked.classify() == (base, version)
+            assert asked.classify() == (bases[id(asked)], version)
             if revoking is one:
                 request_id = two.submit("second ")
                 assert site.wait_state(request_id, "active", "failed").state == "active"
@@ -230,7 +233,8 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
             assert (row.state, row.attempt) == ("active", 1)
         assert sorted(p.request_id for p in site.prompts() if p.request_id in ids) == sorted(ids)
         assert site.version() == version + len(ids)
-        assert one.classify() == two.classify()
+        (ours, first), (theirs, second) = one.classify(), two.classify()
+        assert first == second and ours == pytest.approx(theirs, rel=1e-5)
 
         if site.settings.database_url:
             content = dump(site.settings.database_url)

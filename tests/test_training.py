@@ -150,7 +150,7 @@ def test_empty_sides_and_long_rows_are_refused(llm: FrozenLLM) -> None:
 def test_every_step_sees_forget_and_retain_rows(llm: FrozenLLM) -> None:
     batches, unknown = _Batches(llm, FORGET, RETAIN, CONFIG), torch.zeros(len(RETAIN))
     seen: set[int] = set()
-    for step in range(2):  # 11 rows in buckets of 8: two steps are one epoch
+    for step in range(3):  # 11 rows in buckets of 4: three steps are one epoch
         forget, retain = batches.at(step, unknown)
         assert forget
         assert len(retain) == CONFIG.retain_batch
@@ -264,7 +264,7 @@ def test_equal_rows_share_a_state_and_other_models_files_go(llm: FrozenLLM, tmp_
 
 def test_a_kl_below_zero_by_rounding_does_not_stop_a_run(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 gives equal distributions a KL of about -1e-6 now and then; the repeated rows are drawn by it."""
-    below = torch.tensor([-1e-6] * 4 + [1e-3] * 4)
+    below = torch.tensor([-1e-6] * 6 + [1e-3] * 6)
     monkeypatch.setattr("models.training.retain_kl", lambda a, b: retain_kl(a, b) * 0 + below)
     assert train_soft_prompt(llm, FORGET, RETAIN, CONFIG).steps == CONFIG.max_steps
 
@@ -424,6 +424,6 @@ def test_the_check_sample_holds_the_rare_class_and_weighs_it_back(llm: FrozenLLM
 
 
 def test_a_run_is_as_long_as_its_forget_set_needs() -> None:
-    assert planned_steps(TrainingConfig(), 21) == 120
+    assert planned_steps(TrainingConfig(), 21) == 140
     assert planned_steps(TrainingConfig(forget_batch=8), 1288) == 3 * 161
     assert planned_steps(TrainingConfig(max_steps=7), 1288) == 7

@@ -266,7 +266,7 @@ def test_an_unforeseen_error_is_left_to_the_lease_and_the_last_attempt_states_it
 
 
 def test_an_unknown_label_ends_as_internal_with_its_type_only(context: Context) -> None:
-    bad = [*context.retain[:4], Example(f"{MARKER} again", f"label of {MARKER}")]
+    bad = [*context.retain[:40], Example(f"{MARKER} again", f"label of {MARKER}")]
     broken = Context(
         settings=context.settings.model_copy(update={"max_attempts": 1}),
         sessions=context.sessions,
