@@ -48,7 +48,7 @@ class Serving:
     def __init__(self, llm: FrozenLLM, sessions: sessionmaker[Session], vault: Vault, settings: Settings) -> None:
         self.llm = llm
         # Room for one prompt at least; the worker puts none in force that leaves less (`Context.max_text_tokens`).
-        self.max_text_tokens = min(settings.max_text_tokens, llm.text_room(settings.num_virtual_tokens))
+        self.max_text_tokens = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
         self._sessions, self._vault = sessions, vault
         self._classifier = Classifier(llm)
         self._lock = threading.Lock()  # the model thread and /readyz both confirm

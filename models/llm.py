@@ -122,6 +122,10 @@ class FrozenLLM:
         """Tokens that a text may have behind ``prompt_tokens`` virtual tokens and the template."""
         return self.max_positions - len(self.template.head_ids) - len(self.template.tail_ids) - prompt_tokens
 
+    def text_limit(self, configured: int, prompt_tokens: int) -> int:
+        """Tokens of the longest text that API and worker take: ``configured``, or what has room behind one prompt."""
+        return min(configured, self.text_room(prompt_tokens))
+
     def check_fits(self, rows: Sequence[Sequence[int]], prefix_length: int) -> None:
         """Raises TextTooLong when a row behind the prefix passes the model's positions."""
         longest = max((len(row) for row in rows), default=0) + prefix_length

@@ -115,7 +115,7 @@ def prepare(settings: Settings) -> Context:
     vault = Vault.from_settings(settings)
     llm = FrozenLLM.load(**load_arguments(settings))
     rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
-    limit = min(settings.max_text_tokens, llm.text_room(settings.num_virtual_tokens))
+    limit = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
     # A retain row longer than any text the service takes would only make every step slower, or not fit at all.
     lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
     retain = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]

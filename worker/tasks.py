@@ -81,7 +81,7 @@ class Context:
     @property
     def max_text_tokens(self) -> int:
         """The longest text that the service takes, as ``app.serving`` has it."""
-        return min(self.settings.max_text_tokens, self.llm.text_room(self.settings.num_virtual_tokens))
+        return self.llm.text_limit(self.settings.max_text_tokens, self.settings.num_virtual_tokens)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])
