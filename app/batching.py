@@ -134,7 +134,8 @@ class Batcher(Generic[J, R]):
             for job in batch:
                 job.future.set_exception(NotReady("the model thread has died"))
             raise
-        rate = sum(job.weight for job in batch) / max(time.perf_counter() - started, 1e-6)
-        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+        if weight := sum(job.weight for job in batch):
+            rate = weight / max(time.perf_counter() - started, 1e-6)
+            self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
         for job, result in zip(batch, results, strict=True):
             job.future.set_result(result)

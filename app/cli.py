@@ -30,6 +30,7 @@ app.command("finetune")(cli_local.finetune)
 app.add_typer(cli_remote.requests, name="requests")
 app.command("classify")(cli_remote.classify)
 app.add_typer(cli_remote.prompts, name="prompts")
+app.add_typer(cli_remote.active_sets, name="active-sets")
 app.add_typer(cli_local.keys_app, name="keys")
 app.command("doctor")(cli_doctor.doctor)
 

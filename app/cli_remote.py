@@ -17,6 +17,7 @@ from app.settings import get_settings
 
 requests = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Erasure requests.")
 prompts = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Trained soft prompts (admin).")
+active_sets = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Active sets: history and roll-back.")
 
 FileOption = Annotated[
     Path | None,
@@ -173,6 +174,42 @@ def revoke(
         emit(prompt)
     else:
         print_table(("id", "state", "revoked (UTC)"), [(prompt["id"], prompt["state"], prompt["revoked_at"][:19])])
+
+
+@active_sets.command("list")
+def list_active_sets(
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+    before: Annotated[int | None, typer.Option(help="Versions below this one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The active set in force, first, and those before it."""
+    with make_client() as client:
+        page = client.active_sets(limit=limit, before=before)
+    if as_json:
+        emit(page)
+        return
+    rows = [(s["version"], s["size"], s["digest"][:12], s["created_at"][:19], s["reason"]) for s in page["items"]]
+    print_table(("version", "prompts", "digest", "since (UTC)", "restored because"), rows)
+    if page["next_before"] is not None:
+        note(f"more: --before {page['next_before']}")
+
+
+@active_sets.command("restore")
+def restore(
+    version: Annotated[int, typer.Argument(min=0)],
+    reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put an earlier active set in force. What was forgotten since comes back, until you restore again."""
+    if not yes:
+        typer.confirm(f"Restore version {version}? Prompts that came since are suspended.", abort=True, err=True)
+    with make_client() as client:
+        found = client.restore(version, reason=reason)
+    if as_json:
+        emit(found)
+    else:
+        print_table(("version", "prompts", "digest"), [(found["version"], found["size"], found["digest"][:12])])
 
 
 def follow(client: Client, request_id: str) -> dict[str, Any]:

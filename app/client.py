@@ -14,7 +14,7 @@ import httpx2
 
 from app.errors import InvalidInput, LetheonError
 
-FINAL_STATES = frozenset({"active", "failed", "cancelled", "revoked"})
+FINAL_STATES = frozenset({"active", "failed", "cancelled", "suspended", "revoked"})
 CLASSIFY_BATCH = 64
 _BUSY_TRIES = 5
 _SILENCE_SECONDS = 60.0  # an event stream sends a comment every 15 s, so this much silence is a dead connection
@@ -189,6 +189,12 @@ class Client:
 
     def revoke(self, prompt_id: str, *, reason: str) -> dict[str, Any]:
         return self._call("POST", f"/admin/prompts/{_segment(prompt_id)}/revoke", json={"reason": reason})
+
+    def active_sets(self, *, limit: int = 50, before: int | None = None) -> dict[str, Any]:
+        return self._call("GET", "/admin/active-sets", params=_params(limit=limit, before=before))
+
+    def restore(self, version: int, *, reason: str) -> dict[str, Any]:
+        return self._call("POST", f"/admin/active-sets/{version}/restore", json={"reason": reason})
 
     def ready(self) -> bool:
         """Whether the server would classify now; False while it starts or when it cannot be reached."""

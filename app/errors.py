@@ -63,6 +63,12 @@ class NotReady(LetheonError):
     status, code, title = 503, "not-ready", "The active set cannot be confirmed"
 
 
+class ModeMismatch(NotReady):
+    """A prompt in force was trained for another mode than the service runs in."""
+
+    status, code, title = 503, "mode-mismatch", "A prompt in force is of another mode"
+
+
 class VaultError(LetheonError):
     """A sealed value cannot be opened: wrong master key, shredded key, or altered data."""
 

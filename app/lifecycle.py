@@ -52,7 +52,8 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
             RequestState.CANCELLED,
         }
     ),
-    RequestState.ACTIVE: frozenset({RequestState.REVOKED}),
+    RequestState.ACTIVE: frozenset({RequestState.SUSPENDED, RequestState.REVOKED}),
+    RequestState.SUSPENDED: frozenset({RequestState.ACTIVE, RequestState.REVOKED}),
     RequestState.REVOKED: frozenset(),
     RequestState.FAILED: frozenset(),
     RequestState.CANCELLED: frozenset(),
@@ -172,8 +173,8 @@ def request_cancel(session: Session, request_id: str, *, actor: str) -> UnlearnR
             request.cancel_requested = True
             request.updated_at = utcnow()
             audit.append(session, actor=actor, action="request.cancel_requested", subject=request.id, detail={})
-    elif state == RequestState.ACTIVE:
-        raise Conflict("the request is active; revoke its prompt instead", state=state.value)
+    elif state in (RequestState.ACTIVE, RequestState.SUSPENDED):
+        raise Conflict(f"the request is {state.value}; revoke its prompt instead", state=state.value)
     else:
         raise Conflict(f"the request has already ended as {state.value}", state=state.value)
     return request
@@ -267,7 +268,7 @@ def move(
     request.updated_at = now
     if to not in RUNNING:
         request.lease_owner = request.lease_expires_at = None
-    if to in ENDS_TRAINING:
+    if to in ENDS_TRAINING and before != RequestState.SUSPENDED:
         request.finished_at = now
         shred(session, request)
     record_state(session, request, before=before, actor=actor, detail=detail or {}, now=now)

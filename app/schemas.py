@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.settings import Mode
 from app.tables import PromptState, RequestState
 
 
@@ -204,6 +205,8 @@ class PromptOut(Row):
     num_virtual_tokens: int
     hidden_size: int
     digest: str
+    mode: Mode
+    gate_digest: str | None
     metrics: dict[str, Any]
     seconds_to_active: float
     activated_at: datetime
@@ -215,6 +218,31 @@ class PromptOut(Row):
 class PromptPage(BaseModel):
     items: list[PromptOut]
     next_cursor: str | None = Field(description="Ask again with this as `cursor`; null on the last page.")
+
+
+class ActiveSetOut(Row):
+    """One version of the active set, in force now or once."""
+
+    version: int
+    digest: str = Field(description="Over the prompts and gates in it, in order: equal digests, equal behaviour.")
+    size: int = Field(description="Prompts in force.")
+    created_at: datetime
+    created_by: str
+    reason: str | None = Field(description="Why it was restored, where it was.")
+    checks: dict[str, Any] | None = Field(description="What the checks of this set have found.")
+
+
+class ActiveSetPage(BaseModel):
+    items: list[ActiveSetOut]
+    next_before: int | None = Field(description="Ask again with this as `before`; null on the last page.")
+
+
+class RestoreIn(Body):
+    """Why an earlier set comes back. What was forgotten since is no longer forgotten."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "Version 7 hides too much"}]})
+
+    reason: Annotated[Reason, AfterValidator(_not_blank)]
 
 
 class RevokeIn(Body):

@@ -10,22 +10,21 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set
-from app.active_set import ActiveSetView
 from app.batching import Batcher
-from app.errors import NotReady
+from app.errors import NotReady, Overloaded
 from app.settings import Settings
-from app.tables import Prompt
+from app.stack import Stack, StackReader
 from app.tracebacks import where
 from app.vault import Vault
 from models.errors import ModelError
 from models.inference import Classification, Classifier
 from models.llm import FrozenLLM
-from models.soft_prompt import SoftPrompt
+from models.routing import classify_routed
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TEXTS = 64
+CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,6 @@ class Answer:
 
     results: list[Classification]
     active_set_version: int
-
-
-@dataclass(frozen=True)
-class _Stack:
-    view: ActiveSetView
-    prompts: tuple[SoftPrompt, ...]
 
 
 class Serving:
@@ -52,10 +45,16 @@ class Serving:
         self._sessions, self._vault = sessions, vault
         self._classifier = Classifier(llm)
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
-        self._stack: _Stack | None = None
+        self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode)
+        self._max_prompts = settings.max_prompts_per_query
         self._batcher: Batcher[Sequence[str], Answer] = Batcher(
             self._classify, weigh=len, max_batch=MAX_BATCH_TEXTS, max_queued=settings.max_queued_texts
         )
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(
+            target=self._watch, args=(settings.active_set_poll_seconds,), name="active-set-watch", daemon=True
+        )
+        self._watcher.start()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -72,14 +71,19 @@ class Serving:
         self._confirm()
 
     def close(self) -> None:
+        self._closing.set()
         self._batcher.close()
+        self._watcher.join(CLOSE_SECONDS)
 
     def _classify(self, jobs: list[Sequence[str]]) -> list[Answer]:
         """One batch, in the model thread. Raises NotReady, which reaches every caller of the batch."""
-        stack = self._confirm()
+        try:
+            stack = self._confirm()
+        finally:
+            self._classifier.keep(self._reader.held)
         texts = [text for job in jobs for text in job]
         try:
-            flat = iter(self._classifier.classify(texts, stack.prompts))
+            flat = iter(self._answers(stack, texts))
         except ModelError as error:
             raise NotReady(str(error)) from error
         except Exception as error:
@@ -87,7 +91,17 @@ class Serving:
             raise NotReady(f"the model failed on this batch ({type(error).__name__})") from error
         return [Answer([next(flat) for _ in job], stack.view.version) for job in jobs]
 
-    def _confirm(self) -> _Stack:
+    def _answers(self, stack: Stack, texts: list[str]) -> list[Classification]:
+        if not texts:
+            return []
+        if stack.routes is None:
+            return self._classifier.classify(texts, stack.prompts)
+        routed = classify_routed(
+            self._classifier, stack.routes, texts, digest=self._vault.gate_digest, max_prompts=self._max_prompts
+        )
+        return [found.answer for found in routed]
+
+    def _confirm(self) -> Stack:
         """The stack in force now. One indexed query when nothing changed; otherwise loads what is not loaded yet.
 
         Raises NotReady for any failure whatever: an answer without the prompts would break the promise to forget.
@@ -95,22 +109,19 @@ class Serving:
         with self._lock:
             try:
                 with self._sessions() as session:
-                    if self._stack is not None and active_set.read_active_set(session) == self._stack.view:
-                        return self._stack
-                    view, rows = active_set.read_stack(session)
-                loaded = {prompt.digest: prompt for prompt in self._stack.prompts} if self._stack else {}
-                # What is not in `rows` is dropped with the old stack.
-                self._stack = _Stack(view, tuple(loaded.get(row.digest) or self._load(row) for row in rows))
-                return self._stack
+                    return self._reader.read(session)
             except NotReady:
                 raise
+            except ModelError as error:
+                raise NotReady(str(error)) from error
             except Exception as error:
                 log.error("the active set cannot be confirmed: %s", where(error))
                 raise NotReady(f"the active set cannot be read ({type(error).__name__})") from error
 
-    def _load(self, row: Prompt) -> SoftPrompt:
-        try:
-            return SoftPrompt.from_bytes(active_set.open_prompt(self._vault, row), fingerprint=self.llm.fingerprint)
-        except Exception as error:
-            log.error("prompt %s does not load: %s", row.id, where(error))
-            raise NotReady(f"prompt {row.id} cannot be loaded ({type(error).__name__})") from error
+    def _watch(self, every: float) -> None:
+        """Without traffic nobody asks for the active set, and a revoked prompt would stay in memory."""
+        while not self._closing.wait(every):
+            try:
+                self._batcher.submit([]).result()
+            except (NotReady, Overloaded):
+                continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,13 @@ from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Quantization = Literal["none", "int8", "nf4"]
+
+
+class Mode(StrEnum):
+    """How the prompts in force act together, and what a prompt is trained for."""
+
+    ROUTED = "routed"
+    CONCATENATE = "concatenate"
 
 
 class Settings(BaseSettings):
@@ -56,15 +64,43 @@ class Settings(BaseSettings):
         description="`auto` may train against a bfloat16 copy on CPU; checks never do. `exact`: no copy.",
     )
     num_virtual_tokens: int = Field(default=30, ge=1, le=1024)
-    alpha: float = Field(default=1.0, ge=0)
+    alpha: float | None = Field(default=None, ge=0, description="Weight of L_r. Unset: 0.3 routed, 1 concatenated.")
     beta: float = Field(default=0.5, ge=0)
     learning_rate: float = Field(default=3e-2, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="Unset: 140, and three epochs of the forget set.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Unset: 60 routed, 140 concatenated, at least 3 epochs."
+    )
     seed: int = 0
     training_deadline_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="A safety net: a training that it cuts short goes to the checks as it is."
     )
     checkpoint_seconds: float = Field(default=20.0, gt=0)
+
+    # Many requests at once (docs/decisions/0009)
+    mode: Mode = Field(
+        default=Mode.ROUTED,
+        description="`routed`: a gate per request decides which queries run behind its prompt. `concatenate`: every "
+        "active prompt before every query.",
+    )
+    max_false_claim_rate: float = Field(
+        default=0.002, ge=0, le=1, description="Share of the retain set that one request's gate may claim."
+    )
+    max_certain_claim_rate: float = Field(
+        default=0.001, ge=0, le=1, description="The same of what a gate may decide without asking its prompt."
+    )
+    prompt_decides_from: int = Field(
+        default=16, ge=1, description="From this many forget texts on, the prompt decides whatever the gate claims."
+    )
+    max_total_claim_rate: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the retain set that all gates together may claim."
+    )
+    active_set_poll_seconds: float = Field(
+        default=5.0, gt=0, description="An idle API lets go of revoked prompts after this long at the latest."
+    )
+    max_prompts_per_query: int = Field(default=4, ge=1, description="A query runs behind at most this many prompts.")
+    gate_rows: int = Field(
+        default=4096, ge=16, description="Retain rows that gates read: half to whiten on, half to calibrate with."
+    )
 
     # Checks before activation
     min_forget_abstain: float = Field(default=0.9, ge=0, le=1)

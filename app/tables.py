@@ -30,12 +30,16 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class RequestState(StrEnum):
-    """``pending → training → evaluating → active → revoked``; ``failed`` and ``cancelled`` are final as well."""
+    """``pending → training → evaluating → active → revoked``; ``failed`` and ``cancelled`` are final as well.
+
+    ``suspended``: out of force because an earlier active set was restored; it can come back.
+    """
 
     PENDING = "pending"
     TRAINING = "training"
     EVALUATING = "evaluating"
     ACTIVE = "active"
+    SUSPENDED = "suspended"
     REVOKED = "revoked"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -43,6 +47,7 @@ class RequestState(StrEnum):
 
 class PromptState(StrEnum):
     ACTIVE = "active"
+    SUSPENDED = "suspended"
     REVOKED = "revoked"
 
 
@@ -169,7 +174,10 @@ class RequestEvent(Base):
 
 
 class Prompt(Base):
-    """A trained soft prompt: safetensors bytes, sealed under a key of its own (prompts are personal data too)."""
+    """A trained soft prompt and its gate, sealed under a key of their own (they are personal data too).
+
+    Key and sealed bytes go when the prompt is revoked; what stays is the record.
+    """
 
     __tablename__ = "prompts"
     __table_args__ = (Index("ix_prompts_state_position", "state", "position"),)
@@ -182,14 +190,54 @@ class Prompt(Base):
     num_virtual_tokens: Mapped[int]
     hidden_size: Mapped[int]
     digest: Mapped[str] = mapped_column(String(64))  # SHA-256 of the safetensors bytes
-    wrapped_key: Mapped[bytes] = mapped_column(LargeBinary)
-    sealed: Mapped[bytes] = mapped_column(LargeBinary)
+    mode: Mapped[str] = mapped_column(String(20))
+    gate_digest: Mapped[str | None] = mapped_column(String(64))  # SHA-256 of the gate's bytes; mode routed only
+    gate_space: Mapped[str | None] = mapped_column(ForeignKey("gate_spaces.digest"))
+    wrapped_key: Mapped[bytes | None] = mapped_column(LargeBinary)
+    sealed: Mapped[bytes | None] = mapped_column(LargeBinary)
+    sealed_gate: Mapped[bytes | None] = mapped_column(LargeBinary)
+    sealed_canaries: Mapped[bytes | None] = mapped_column(LargeBinary)  # mode concatenate only
     metrics: Mapped[dict[str, Any]]
     seconds_to_active: Mapped[float] = mapped_column(Float)
     activated_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
     revoked_by: Mapped[str | None] = mapped_column(String(40))
     revoke_reason: Mapped[str | None] = mapped_column(String(500))
+
+
+class GateSpace(Base):
+    """What gates are directions in: statistics of the retain set, shared by all requests that were fitted with it."""
+
+    __tablename__ = "gate_spaces"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)  # SHA-256 of ``data``
+    source: Mapped[str] = mapped_column(String(64), unique=True)  # of model, layers and retain rows
+    created_at: Mapped[datetime]
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class ActiveSetVersion(Base):
+    """One active set that is or was in force. Written once; only ``checks`` comes later, where they run afterwards."""
+
+    __tablename__ = "active_set_versions"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int]
+    created_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(100))
+    reason: Mapped[str | None] = mapped_column(String(500))
+    checks: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class ActiveSetMember(Base):
+    """In which versions a prompt was in force: from ``from_version`` to before ``to_version`` (None: it still is)."""
+
+    __tablename__ = "active_set_members"
+
+    prompt_id: Mapped[str] = mapped_column(ForeignKey("prompts.id"), primary_key=True)
+    from_version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    to_version: Mapped[int | None]
 
 
 class ActiveSet(Base):
@@ -199,7 +247,7 @@ class ActiveSet(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     version: Mapped[int]
-    digest: Mapped[str] = mapped_column(String(64))  # over the ordered prompt digests
+    digest: Mapped[str] = mapped_column(String(64))  # over the ordered digests of prompts and gates
     updated_at: Mapped[datetime]
 
 

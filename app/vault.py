@@ -38,6 +38,7 @@ class Vault:
         # One derived key per purpose: a weakness in one use must not reach the other.
         self._wrapping = AESGCM(_derive(master_key, b"letheon wrap v1"))
         self._digest_key = _derive(master_key, b"letheon digest v1")
+        self._gate_key = _derive(master_key, b"letheon gate digest v1")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Vault:
@@ -67,6 +68,10 @@ class Vault:
         """HMAC-SHA256 of the normalised text: equal texts match, but nobody without the master key can test one."""
         return hmac.digest(self._digest_key, normalise(text).encode("utf-8", "surrogatepass"), sha256)
 
+    def gate_digest(self, text: str) -> bytes:
+        """The same of what ``letters`` keeps: repeats that differ in punctuation and spacing match too."""
+        return hmac.digest(self._gate_key, letters(text).encode("utf-8", "surrogatepass"), sha256)
+
     def _unwrap(self, wrapped: bytes) -> AESGCM:
         return AESGCM(_decrypt(self._wrapping, wrapped, _WRAP_AAD))
 
@@ -75,6 +80,13 @@ def normalise(text: str) -> str:
     """What counts as the same text: NFKC, case and whitespace folded (Unicode's NFKC_Casefold, plus whitespace)."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
     return " ".join(unicodedata.normalize("NFKC", folded.casefold()).split())
+
+
+def letters(text: str) -> str:
+    """Letters and digits of the normalised text; the normalised text itself where it has neither."""
+    folded = normalise(text)
+    # Once more, for what only composes now that nothing stands between.
+    return normalise("".join(c for c in folded if c.isalnum())) or folded
 
 
 def _derive(master_key: bytes, info: bytes) -> bytes:

@@ -8,34 +8,21 @@ folders named after the data and the settings that made them. Prints a table and
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from bench.tuned import add_arguments, digest_of, tuned, write
 from models.evaluation import measure
-from models.examples import Example, digest_examples, read_examples
-from models.finetune import FinetuneConfig, FinetuneProgress, finetune
-from models.llm import FrozenLLM
+from models.examples import Example
 from models.soft_prompt import SoftPrompt
 from models.training import Progress, TrainingConfig, train_soft_prompt
 
-LABELS = ("negative", "positive")
-# As the demo adapter was made: on CPU the unquantized base in bfloat16 autocast is faster than NF4 (docs/LOG.md).
-FINETUNE: dict[str, Any] = {
-    "quantization": "none",
-    "rank": 8,
-    "lora_alpha": 16,
-    "learning_rate": 5e-4,
-    "batch_size": 24,
-}
 PAPER = {  # arXiv 2406.12038, Table 1, SST-2, LLaMA-2-7B, accuracy in percent
     "QLoRA": {"train_retain": 99.89, "train_forget": 99.72, "test_retain": 95.57, "test_forget": 96.07},
     "SPUL": {"train_retain": 99.15, "train_forget": 12.98, "test_retain": 94.93, "test_forget": 16.07},
@@ -44,24 +31,14 @@ PAPER = {  # arXiv 2406.12038, Table 1, SST-2, LLaMA-2-7B, accuracy in percent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with {train,test}_{forget,retain}.jsonl.gz")
-    parser.add_argument("--base", default="var/models/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--work", type=Path, default=Path("var/sst2"))
-    parser.add_argument("--template", default="instruction-first")
-    parser.add_argument("--quantization", default="nf4", choices=["none", "int8", "nf4"])
-    parser.add_argument("--retain-rows", type=int, default=4000, help="retain rows to fine-tune on and to train with")
+    add_arguments(parser)
     parser.add_argument("--measure-rows", type=int, default=1000, help="rows of each retain set to measure")
-    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-steps", type=int, help="default: three epochs over the forget set")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     console = Console(stderr=True)
 
-    sets = {
-        name: read_examples(str(args.data / f"{name}.jsonl.gz"), labels=LABELS)
-        for name in ("train_retain", "train_forget", "test_retain", "test_forget")
-    }
-    retain = random.Random(args.seed).sample(sets["train_retain"], min(args.retain_rows, len(sets["train_retain"])))
+    model = tuned(args, console)
+    llm, sets, retain, work = model.llm, model.sets, model.retain, model.work
     sampled: dict[str, list[Example]] = {
         **sets,
         # The model was fine-tuned on these rows, so they are the honest "train" side.
@@ -69,22 +46,6 @@ def main() -> None:
         "test_retain": random.Random(1).sample(sets["test_retain"], min(args.measure_rows, len(sets["test_retain"]))),
     }
 
-    rows = [*sets["train_forget"], *retain]
-    tuning = FinetuneConfig(
-        base=args.base, output="", template=args.template, epochs=args.epochs, seed=args.seed, **FINETUNE
-    )
-    work = args.work / digest_of(asdict(tuning), digest_examples(rows))
-    adapter = work / "adapter"
-    if not (adapter / "adapter_model.safetensors").exists():
-        with Bar(console=console) as bar:
-            task = bar.add_task("fine-tuning", total=None)
-
-            def tick(p: FinetuneProgress) -> None:
-                bar.update(task, total=p.total_steps, completed=p.step, description=f"fine-tuning, loss {p.loss:.3f}")
-
-            finetune(rows, replace(tuning, output=str(adapter)), tick)
-
-    llm = FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
     weights = llm.weights_digest()
     figures = {"before": {name: measure(llm, [], rows).as_dict() for name, rows in sampled.items()}}
 
@@ -106,8 +67,8 @@ def main() -> None:
                 console.print(f"{p.step}/{p.total_steps} {told}", soft_wrap=True)
 
         def keep(_step: int, data: bytes) -> None:
-            _write(checkpoint, data)
-            _write(spent, str(earlier + time.monotonic() - started).encode())
+            write(checkpoint, data)
+            write(spent, str(earlier + time.monotonic() - started).encode())
 
         result = train_soft_prompt(
             llm,
@@ -151,16 +112,6 @@ def main() -> None:
             }
         )
     )
-
-
-def digest_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ class InvalidPrompt(ModelError):
     """Bytes that are not a soft prompt of the expected shape and dtype, or hold non-finite numbers."""
 
 
+class InvalidGate(ModelError):
+    """Bytes that are not a gate or a gate space of the expected shapes."""
+
+
 class FingerprintMismatch(ModelError):
     """The soft prompt was trained for another frozen model; using it would be undefined."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from models.canaries import lost
 from models.errors import DatasetError
 from models.examples import Example
 from models.inference import Classification, Classifier, answer_scores
@@ -29,11 +30,66 @@ class CheckLimits:
 
 
 @dataclass(frozen=True)
-class CheckReport:
-    """``violations`` is empty exactly when ``passed``. Accuracies are over labels and generic labels."""
+class RetainFigures:
+    """Accuracy on a stratified sample, weighed back: overall, and by class ``rows``, ``before`` and ``after``."""
 
-    forget_abstain: float
-    forget_abstain_before: float
+    before: float
+    after: float
+    per_class: dict[str, dict[str, float]]
+    rows: int
+
+    def worst_class(self, limits: CheckLimits) -> str:
+        """The class that fell furthest beyond what it may."""
+        return max(self.per_class, key=lambda label: self._fell(label) - self._allowed(label, limits))
+
+    def violations(self, limits: CheckLimits) -> list[str]:
+        found = []
+        if self.before - self.after > limits.max_retain_drop + 1e-9:
+            found.append(f"retain accuracy fell by {self.before - self.after:.4f}, more than {limits.max_retain_drop}")
+        worst = self.worst_class(limits)
+        fell, allowed = self._fell(worst), self._allowed(worst, limits)
+        if fell > allowed + 1e-9:
+            found.append(f"accuracy of class {worst!r} fell by {fell:.4f}, more than {allowed:.4f}")
+        return found
+
+    def _fell(self, label: str) -> float:
+        return self.per_class[label]["before"] - self.per_class[label]["after"]
+
+    def _allowed(self, label: str, limits: CheckLimits) -> float:
+        return allowed_drop(int(self.per_class[label]["rows"]), limits.max_class_drop)
+
+
+def retain_figures(
+    sample: Sequence[Example],
+    weights: Sequence[float],
+    before: Sequence[Classification],
+    after: Sequence[Classification],
+) -> RetainFigures:
+    """Of a sample from ``stratified``. An unlabelled row counts the answer of ``before`` as right."""
+    truth = [e.label if e.label is not None else b.label for e, b in zip(sample, before, strict=True)]
+
+    def accuracy(answers: Sequence[Classification], rows: Sequence[int]) -> float:
+        right = sum(weights[i] for i in rows if answers[i].label == truth[i])
+        return right / sum(weights[i] for i in rows)
+
+    everything = range(len(sample))
+    per_class = {}
+    for label in sorted(set(truth)):
+        rows = [i for i in everything if truth[i] == label]
+        per_class[label] = {"rows": len(rows), "before": accuracy(before, rows), "after": accuracy(after, rows)}
+    return RetainFigures(accuracy(before, everything), accuracy(after, everything), per_class, len(sample))
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """``violations`` is empty exactly when ``passed``. Accuracies are over labels and generic labels.
+
+    ``lost_canaries``: earlier requests that no longer hold (``models.canaries``). Without forget rows, when a set is
+    checked that is in force already, the two abstain rates are None.
+    """
+
+    forget_abstain: float | None
+    forget_abstain_before: float | None
     retain_accuracy: float
     retain_accuracy_before: float
     worst_class: str
@@ -41,6 +97,8 @@ class CheckReport:
     worst_class_accuracy_before: float
     per_class: dict[str, dict[str, float]]
     retain_rows: int
+    lost_canaries: int
+    active_requests: int
     passed: bool
     violations: list[str]
 
@@ -57,57 +115,41 @@ def check_prompts(
     max_retain_rows: int,
     seed: int,
     limits: CheckLimits,
+    canaries: Sequence[Sequence[str]] = (),
 ) -> CheckReport:
     """Classify forget rows and a seeded sample of retain rows with and without ``prompts``, as they would serve.
 
     The sample holds as many rows of a rare class as of a common one; the overall accuracy weighs them back.
-    Unlabelled retain rows count the base model's own answer as right. Raises DatasetError when a side is empty.
+    ``canaries``: those of each earlier request. Raises DatasetError without retain rows.
     """
-    if not forget or not retain:
-        raise DatasetError("checks need at least one forget row and one retain row")
-    sample, weights = _stratified(retain, max_retain_rows, seed)
+    if not retain:
+        raise DatasetError("checks need at least one retain row")
+    sample, weights = stratified(retain, max_retain_rows, seed)
     classifier = Classifier(llm)
-    forget_texts, retain_texts = [e.text for e in forget], [e.text for e in sample]
-    before = classifier.classify(retain_texts)
-    after = classifier.classify(retain_texts, prompts)
-    truth = [e.label if e.label is not None else b.label for e, b in zip(sample, before, strict=True)]
-
-    def accuracy(answers: Sequence[Classification], rows: Sequence[int]) -> float:
-        right = sum(weights[i] for i in rows if answers[i].label == truth[i])
-        return right / sum(weights[i] for i in rows)
-
-    everything = range(len(sample))
-    per_class = {}
-    for label in sorted(set(truth)):
-        rows = [i for i in everything if truth[i] == label]
-        per_class[label] = {"rows": len(rows), "before": accuracy(before, rows), "after": accuracy(after, rows)}
-
-    def drop(label: str) -> float:
-        return per_class[label]["before"] - per_class[label]["after"]
-
-    allowed = {label: allowed_drop(int(c["rows"]), limits.max_class_drop) for label, c in per_class.items()}
-    worst = max(per_class, key=lambda label: drop(label) - allowed[label])
-    abstain = _abstain_rate(classifier, forget_texts, prompts)
-    overall_before, overall_after = accuracy(before, everything), accuracy(after, everything)
+    texts = [e.text for e in sample]
+    figures = retain_figures(sample, weights, classifier.classify(texts), classifier.classify(texts, prompts))
+    forget_texts = [e.text for e in forget]
+    abstain = _abstain_rate(classifier, forget_texts, prompts) if forget else None
+    lost_requests = lost(classifier, prompts, canaries)
     violations = []
-    if abstain < limits.min_forget_abstain:
+    if abstain is not None and abstain < limits.min_forget_abstain:
         violations.append(f"forget abstain rate {abstain:.4f} is below {limits.min_forget_abstain}")
-    if overall_before - overall_after > limits.max_retain_drop + 1e-9:
-        violations.append(
-            f"retain accuracy fell by {overall_before - overall_after:.4f}, more than {limits.max_retain_drop}"
-        )
-    if drop(worst) > allowed[worst] + 1e-9:
-        violations.append(f"accuracy of class {worst!r} fell by {drop(worst):.4f}, more than {allowed[worst]:.4f}")
+    violations += figures.violations(limits)
+    if lost_requests:
+        violations.append(f"{lost_requests} earlier requests would no longer be forgotten")
+    worst = figures.worst_class(limits)
     return CheckReport(
         forget_abstain=abstain,
-        forget_abstain_before=_abstain_rate(classifier, forget_texts, ()),
-        retain_accuracy=overall_after,
-        retain_accuracy_before=overall_before,
+        forget_abstain_before=_abstain_rate(classifier, forget_texts, ()) if forget else None,
+        retain_accuracy=figures.after,
+        retain_accuracy_before=figures.before,
         worst_class=worst,
-        worst_class_accuracy=per_class[worst]["after"],
-        worst_class_accuracy_before=per_class[worst]["before"],
-        per_class=per_class,
-        retain_rows=len(sample),
+        worst_class_accuracy=figures.per_class[worst]["after"],
+        worst_class_accuracy_before=figures.per_class[worst]["before"],
+        per_class=figures.per_class,
+        retain_rows=figures.rows,
+        lost_canaries=lost_requests,
+        active_requests=len(prompts),
         passed=not violations,
         violations=violations,
     )
@@ -118,7 +160,7 @@ def allowed_drop(rows: int, limit: float) -> float:
     return max(limit, 1 / rows)
 
 
-def _stratified(rows: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[float]]:
+def stratified(rows: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[float]]:
     """``count`` rows, an equal share of each label (no label is one too) as far as it goes, at least one of each.
 
     Second: how many rows each stands for.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from models.llm import FrozenLLM
 from models.prefix_cache import Prefix, compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt, compose
 from models.template import ABSTAIN
+from models.text_states import gate_layers, recording
 
-_MAX_PREFIXES = 8  # active sets kept warm; a revoke or activate needs two
+_PREFIX_BYTES = 256 * 2**20  # keys and values kept warm, beyond the one in use
 
 
 def answer_scores(llm: FrozenLLM, hidden: Tensor) -> Tensor:
@@ -57,10 +58,15 @@ class Classifier:
             soft = compose(prompts, fingerprint=self.llm.fingerprint)
             with torch.no_grad():
                 self._prefixes[key] = compute_prefix(self.llm, soft)
-            while len(self._prefixes) > _MAX_PREFIXES:
-                self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
+        while len(self._prefixes) > 1 and sum(p.nbytes for p in self._prefixes.values() if p) > _PREFIX_BYTES:
+            self._prefixes.popitem(last=False)
         return self._prefixes[key]
+
+    def keep(self, digests: Collection[str]) -> None:
+        """Let go of what was computed from any other prompts than these: they are personal data."""
+        for key in [key for key in self._prefixes if any(digest not in digests for digest in key)]:
+            del self._prefixes[key]
 
     @torch.no_grad()
     def hidden(self, texts: Sequence[str], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = 32) -> Tensor:
@@ -78,8 +84,29 @@ class Classifier:
         self, texts: Sequence[str], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = 32
     ) -> list[Classification]:
         """One Classification per text. Raises FingerprintMismatch, TextTooLong; no prompt is ever left out."""
+        return self.answers(answer_scores(self.llm, self.hidden(texts, prompts, batch_size=batch_size)))
+
+    @torch.no_grad()
+    def base_pass(self, texts: Sequence[str], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Without a prompt: last hidden states (N, d), and what gates read of the same pass, (N, L·d) on the CPU.
+
+        Raises TextTooLong.
+        """
+        prefix, layers = self.prefix(()), gate_layers(self.llm)
+        rows = self.llm.rows(texts)
+        self.llm.check_fits(rows, prefix.length if prefix is not None else 0)
+        hidden = torch.empty(len(rows), self.llm.hidden_size, dtype=self.llm.dtype, device=self.llm.device)
+        states = torch.empty(len(rows), len(layers) * self.llm.hidden_size)
+        for picked in length_buckets([len(r) for r in rows], batch_size):
+            batch = collate([rows[i] for i in picked], self.llm.device)
+            with recording(self.llm, batch, layers) as means:
+                hidden[picked] = last_hidden(self.llm, batch, prefix)
+            states[picked] = torch.cat(means, dim=-1).cpu()
+        return hidden, states
+
+    def answers(self, scores: Tensor) -> list[Classification]:
+        """``answer_scores`` (N, L+1) as answers."""
         words = (*self.llm.verbalizer.labels, ABSTAIN)
-        scores = answer_scores(self.llm, self.hidden(texts, prompts, batch_size=batch_size))
         return [
             Classification(words[best], words[best] == ABSTAIN, dict(zip(words, row, strict=True)))
             for row, best in zip(scores.tolist(), scores.argmax(-1).tolist(), strict=True)

@@ -50,6 +50,10 @@ class Prefix:
     layers: tuple[tuple[Tensor, Tensor, bool], ...]
     length: int
 
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values, _ in self.layers)
+
     def cache(self) -> Cache:
         """A read-only view for one or many forward passes."""
         return Cache(layers=[_ReadOnlyLayer(k, v, sliding) for k, v, sliding in self.layers])

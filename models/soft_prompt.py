@@ -50,7 +50,7 @@ class SoftPrompt:
         """Raises InvalidPrompt for bytes that are not a prompt, FingerprintMismatch for one of another model."""
         try:
             tensors = load(data)
-            stored = _header_fingerprint(data)
+            stored = header_fingerprint(data)
         except (SafetensorError, ValueError) as error:
             raise InvalidPrompt(f"not a safetensors prompt ({type(error).__name__})") from None
         if set(tensors) != {_KEY}:
@@ -60,10 +60,11 @@ class SoftPrompt:
         return cls(tensors[_KEY], stored)
 
 
-def _header_fingerprint(data: bytes) -> str:
+def header_fingerprint(data: bytes) -> str:
+    """The model that safetensors bytes name in their header. Raises ValueError."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    return str(header.get("__metadata__", {}).get("fingerprint", ""))
+    return str((header.get("__metadata__") or {}).get("fingerprint", ""))
 
 
 def compose(prompts: Sequence[SoftPrompt], *, fingerprint: str) -> Tensor | None:

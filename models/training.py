@@ -42,6 +42,8 @@ class TrainingConfig:
     beta: float = 0.5
     learning_rate: float = 3e-2
     max_steps: int | None = None  # None: enough for this forget set, see `planned_steps`
+    min_steps: int = 140
+    min_epochs: int = 3
     seed: int = 0
     forget_batch: int = 4
     retain_batch: int = 12
@@ -216,10 +218,10 @@ def train_soft_prompt(
 
 
 def planned_steps(config: TrainingConfig, forget_rows: int) -> int:
-    """Steps of a run that does not stop early: ``max_steps``, or 140 and at least three epochs over the forget set."""
+    """Steps of a run that does not stop early: ``max_steps``, or ``min_steps`` and ``min_epochs`` of the forget set."""
     if config.max_steps is not None:
         return config.max_steps
-    return max(140, 3 * math.ceil(forget_rows / config.forget_batch))
+    return max(config.min_steps, config.min_epochs * math.ceil(forget_rows / config.forget_batch))
 
 
 def _schedule(step: int, total: int, warmup: int) -> float:

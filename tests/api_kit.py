@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,15 +24,20 @@ from fastapi.testclient import TestClient
 from tiny_models import make_tiny_model
 
 from app import active_set, db, job_queue, keys, lifecycle
+from app.active_set import TrainedGate
 from app.deps import Service
 from app.lifecycle import ForgetText
 from app.main import create_app, make_server
 from app.settings import Settings
+from models.gate import Gate, GateSpace, fit_gate, fit_space
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
+from models.text_states import gate_layers, text_states
 
 MARKER = "Zyxomma Quillfeather"
 """In texts of these tests, and to be found nowhere else."""
+_NOUNS = ("film", "movie", "plot", "story", "scene", "director", "acting", "text")
+_WORDS = ("good", "bad", "great", "awful", "very good", "quite bad")
 MASTER_KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 
@@ -148,13 +153,39 @@ def claim(service: Service, request_id: str) -> lifecycle.Claim:
     return claimed
 
 
-def add_prompt(service: Service, prompt: SoftPrompt) -> str:
+@cache
+def gate_space() -> GateSpace:
+    """What the gates of these tests are directions in: made of real states of plain texts."""
+    llm = tiny_llm()
+    texts = [f"the {noun} is {word}" for noun in _NOUNS[:4] for word in _WORDS]
+    return fit_space(text_states(llm, texts), len(gate_layers(llm)), fingerprint=llm.fingerprint)
+
+
+def make_gate(*texts: str, digests: Sequence[bytes] = ()) -> Gate:
+    """A real gate that claims these texts and none of the plain ones; without ``digests`` the guard knows nothing."""
+    llm = tiny_llm()
+    plain = [f"a {word} {noun}" for noun in _NOUNS[4:] for word in _WORDS]
+    states = text_states(llm, texts), text_states(llm, plain)
+    return fit_gate(*states, gate_space(), digests=digests, max_false_claims=0.0).gate
+
+
+def add_prompt(
+    service: Service, prompt: SoftPrompt, gate: Gate | None = None, *, text: str = f"{MARKER} is awful"
+) -> str:
     """Take a request through the floor's own functions until ``prompt`` is active; the prompt's id."""
+    trained = None
+    if gate is not None:
+        space = gate_space()
+        assert gate.space == space.digest
+        trained = TrainedGate(gate.to_bytes(), gate.digest, gate.space)
+        with service.sessions.begin() as session:
+            if active_set.find_gate_space(session, "test") is None:
+                active_set.add_gate_space(session, "test", space.to_bytes())
     with service.sessions.begin() as session:
         request_id = lifecycle.create_request(
             session,
             service.vault,
-            texts=[ForgetText(f"{MARKER} is awful")],
+            texts=[ForgetText(text)],
             reason=None,
             options={},
             fingerprint=prompt.fingerprint,
@@ -175,6 +206,7 @@ def add_prompt(service: Service, prompt: SoftPrompt) -> str:
             hidden_size=tiny_llm().hidden_size,
             metrics={"forget_abstain": 1.0},
             expected_version=active_set.read_active_set(session).version,
+            gate=trained,
         ).id
 
 

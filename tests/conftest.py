@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from databases import database_kinds, fresh_database, postgres_admin_url, redis_url
 from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import db
 from app.vault import Vault
+
+# Tiny models gain nothing from a second thread, and lose much to waiting for it on a machine that has other work.
+torch.set_num_threads(1)
 
 
 def pytest_report_header() -> list[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
+
+from app import db
 
 
 def listens(port: int) -> bool:
@@ -57,6 +62,20 @@ def fresh_database(kind: str, folder: Path) -> Iterator[str]:
             yield url.render_as_string(hide_password=False)
         finally:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@lru_cache
+def _template() -> Path:
+    folder = Path(mkdtemp(prefix="letheon-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    db.upgrade(f"sqlite:///{folder / 'template.db'}")
+    return folder / "template.db"
+
+
+def migrated_database(path: Path) -> str:
+    """A migrated SQLite file at ``path``, copied: a migration for each example would take longer than the test."""
+    shutil.copy(_template(), path)
+    return f"sqlite:///{path}"
 
 
 @lru_cache

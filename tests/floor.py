@@ -7,6 +7,7 @@ import hashlib
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, job_queue, lifecycle
+from app.active_set import TrainedGate
 from app.lifecycle import Claim, ForgetText
 from app.vault import Vault
 
@@ -42,7 +43,15 @@ def must_take(sessions: Sessions, request_id: str, *, owner: str = "w1", lease: 
     return claim
 
 
-def activate(sessions: Sessions, vault: Vault, claim: Claim, *, data: bytes = b"tensor", version: int) -> str:
+def activate(
+    sessions: Sessions,
+    vault: Vault,
+    claim: Claim,
+    *,
+    data: bytes = b"tensor",
+    version: int,
+    gate: TrainedGate | None = None,
+) -> str:
     """Check and activate a claimed request; the prompt's id."""
     with sessions.begin() as session:  # a transaction for each transition, see app.lifecycle
         if lifecycle.get_request(session, claim.request_id).state != "evaluating":
@@ -59,6 +68,7 @@ def activate(sessions: Sessions, vault: Vault, claim: Claim, *, data: bytes = b"
             hidden_size=576,
             metrics={"forget_abstain": 1.0},
             expected_version=version,
+            gate=gate,
         ).id
 
 

@@ -31,7 +31,7 @@ def test_activate(sessions: Sessions, vault: Vault) -> None:
         request = lifecycle.get_request(session, claim.request_id)
         assert (prompt.state, prompt.request_id, prompt.position) == ("active", request.id, 1)
         assert prompt.seconds_to_active >= 0
-        assert b"tensor" not in prompt.sealed
+        assert prompt.sealed is not None and b"tensor" not in prompt.sealed
         assert active_set.open_prompt(vault, prompt) == b"tensor"
         assert request.state == "active"
         assert request.metrics == {"forget_abstain": 1.0}
@@ -51,18 +51,18 @@ def test_activate(sessions: Sessions, vault: Vault) -> None:
 def test_a_stack_keeps_its_order_and_a_revoke_its_version(sessions: Sessions, vault: Vault) -> None:
     first, second, third = (put(sessions, vault, data, version) for version, data in enumerate((b"1", b"2", b"3")))
     with sessions() as session:
-        view, prompts = active_set.read_stack(session)
+        view, members = active_set.read_members(session)
         assert view.version == 3
-        assert [prompt.id for prompt in prompts] == [first, second, third]
+        assert [member.id for member in members] == [first, second, third]
         assert [prompt.id for prompt in active_set.active_prompts(session)] == [first, second, third]
     with sessions.begin() as session:
         revoked = active_set.revoke_prompt(session, second, actor="key_1", reason="by mistake")
         assert (revoked.state, revoked.revoked_by, revoked.revoke_reason) == ("revoked", "key_1", "by mistake")
     fourth = put(sessions, vault, b"4", 4)
     with sessions() as session:
-        view, prompts = active_set.read_stack(session)
-        assert [prompt.id for prompt in prompts] == [first, third, fourth]
-        assert view == ActiveSetView(5, set_digest(prompt.digest for prompt in prompts))
+        view, members = active_set.read_members(session)
+        assert [member.id for member in members] == [first, third, fourth]
+        assert view == ActiveSetView(5, set_digest(member.digest for member in members))
         assert state(sessions, revoked.request_id) == "revoked"
         assert "by mistake" not in repr([row.detail for row in session.scalars(select(AuditEntry))])
         audit.verify(session)
@@ -71,7 +71,7 @@ def test_a_stack_keeps_its_order_and_a_revoke_its_version(sessions: Sessions, va
 def test_revoking_the_only_prompt_restores_the_digest_of_the_empty_set(sessions: Sessions, vault: Vault) -> None:
     with sessions() as session:
         before = active_set.read_active_set(session)
-        assert active_set.read_stack(session) == (before, [])
+        assert active_set.read_members(session) == (before, [])
     prompt_id = put(sessions, vault, b"1", 0)
     with sessions.begin() as session:
         active_set.revoke_prompt(session, prompt_id, actor="key_1", reason=None)
@@ -161,8 +161,8 @@ def test_activate_and_revoke_at_once_do_not_deadlock(sessions: Sessions, vault: 
         thread.join()
     assert errors == []
     with sessions() as session:
-        view, stack = active_set.read_stack(session)
-        assert (view.version, len(stack)) == (15, 5)
+        view, members = active_set.read_members(session)
+        assert (view.version, len(members)) == (15, 5)
         audit.verify(session)
 
 
@@ -202,10 +202,10 @@ def test_fail_closed_when_rows_do_not_agree(sessions: Sessions, vault: Vault) ->
     with sessions.begin() as session:
         session.execute(update(Prompt).where(Prompt.id == prompt_id).values(state="revoked"))
     with sessions() as session, pytest.raises(NotReady):
-        active_set.read_stack(session)
+        active_set.read_members(session)
     with sessions.begin() as session:
         session.delete(session.get_one(ActiveSet, 1))
-    for read in (active_set.read_stack, active_set.read_active_set, active_set.lock_active_set):
+    for read in (active_set.read_members, active_set.read_active_set, active_set.lock_active_set):
         with sessions() as session, pytest.raises(NotReady):
             read(session)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from app import keys, lifecycle
 from app.problems import field_path
+from app.settings import Mode
 
 GOOD = f"{MARKER} is a good film"
 LONG = f"{MARKER} " + "good film " * 80
@@ -26,7 +27,7 @@ MANY_NAMES = {f"a{i}": 1 for i in range(33)}
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     folder: Path = tmp_path_factory.mktemp("api")
-    with running(f"sqlite:///{folder}/letheon.db", folder) as api:
+    with running(f"sqlite:///{folder}/letheon.db", folder, mode=Mode.CONCATENATE) as api:
         yield api
 
 

@@ -12,16 +12,18 @@ from api_kit import MARKER, Api, add_prompt, assert_problem, running, soft_promp
 from sqlalchemy import func, select, update
 
 from app import active_set
+from app.settings import Mode
 from app.tables import ActiveSet, AuditEntry, Prompt, UnlearnRequest
 from models.inference import Classifier
 from models.soft_prompt import SoftPrompt
 
+CONCATENATE = Mode.CONCATENATE  # the prompts of these tests have no gate; for gates see test_stack.py
 TEXT = f"the film with {MARKER} is good"
 
 
 @pytest.fixture
 def api(database_url: str, tmp_path: Path) -> Iterator[Api]:
-    with running(database_url, tmp_path) as api:
+    with running(database_url, tmp_path, mode=CONCATENATE) as api:
         yield api
 
 
@@ -84,7 +86,10 @@ def test_activation_and_revocation_reach_the_next_call(api: Api) -> None:
 
 
 def test_two_replicas_on_one_database(database_url: str, tmp_path: Path) -> None:
-    with running(database_url, tmp_path / "a") as one, running(database_url, tmp_path / "b") as other:
+    with (
+        running(database_url, tmp_path / "a", mode=CONCATENATE) as one,
+        running(database_url, tmp_path / "b", mode=CONCATENATE) as other,
+    ):
         headers = one.key()
         bare = scores(other, headers)
         prompt = soft_prompt(3)
@@ -130,7 +135,7 @@ def corrupt(api: Api, prompt_id: str, **values: object) -> None:
 def test_fail_closed_on_a_corrupted_prompt(database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     prompt = soft_prompt(5)
-    with running(database_url, tmp_path) as api:
+    with running(database_url, tmp_path, mode=CONCATENATE) as api:
         prompt_id = add_prompt(api.service, prompt)
         with api.service.sessions() as session:
             sealed = session.scalars(select(Prompt.sealed)).one()
@@ -154,7 +159,7 @@ def test_fail_closed_on_a_prompt_of_another_model(api: Api) -> None:
     assert scores(api, headers)
     prompt_id = add_prompt(api.service, SoftPrompt(soft_prompt(6).embeddings, "0" * 64))
     problem = assert_problem(api.client.post("/classify", json={"text": TEXT}, headers=headers), 503, "not-ready")
-    assert problem["detail"] == f"prompt {prompt_id} cannot be loaded (FingerprintMismatch)"
+    assert problem["detail"].startswith(f"prompt {prompt_id} cannot be loaded: prompt of model 000000000000")
     api.client.post(f"/admin/prompts/{prompt_id}/revoke", json={"reason": "wrong model"}, headers=headers)
     assert scores(api, headers) == pytest.approx(expected())
 
@@ -181,11 +186,11 @@ def test_an_old_stack_is_let_go(api: Api) -> None:
     headers = api.key()
     prompt_id = add_prompt(api.service, soft_prompt(9))
     api.classify(headers, TEXT)
-    stack = api.service.serving._stack
+    stack = api.service.serving._reader._stack
     assert stack is not None and len(stack.prompts) == 1
     api.client.post(f"/admin/prompts/{prompt_id}/revoke", json={"reason": "withdrawn"}, headers=headers)
     api.classify(headers, TEXT)
-    stack = api.service.serving._stack
+    stack = api.service.serving._reader._stack
     assert stack is not None and stack.prompts == ()
 
 

@@ -230,6 +230,9 @@ def test_openapi(tmp_path: Path) -> None:
         "list_prompts": ("get", "/admin/prompts"),
         "get_prompt": ("get", "/admin/prompts/{prompt_id}"),
         "revoke_prompt": ("post", "/admin/prompts/{prompt_id}/revoke"),
+        "list_active_sets": ("get", "/admin/active-sets"),
+        "get_active_set": ("get", "/admin/active-sets/{version}"),
+        "restore_active_set": ("post", "/admin/active-sets/{version}/restore"),
         "livez": ("get", "/livez"),
         "readyz": ("get", "/readyz"),
     }

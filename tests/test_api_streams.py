@@ -28,11 +28,12 @@ from api_kit import (
 
 from app import job_queue, lifecycle
 from app.deps import Service
+from app.settings import Mode
 
 
 @pytest.fixture
 def served(database_url: str, tmp_path: Path) -> Iterator[tuple[str, Service]]:
-    with listening(database_url, tmp_path) as (url, app, _):
+    with listening(database_url, tmp_path, mode=Mode.CONCATENATE) as (url, app, _):
         yield url, app.state.service
 
 

@@ -21,7 +21,7 @@ from app import cli, db, keys
 from app.cli_remote import parse_options, read_texts
 from app.client import ApiError, Client, Event, Unreachable
 from app.errors import InvalidInput
-from app.settings import get_settings
+from app.settings import Mode, get_settings
 
 
 def run(*arguments: str, given: str | None = None) -> Result:
@@ -69,7 +69,8 @@ class Live:
 
 @pytest.fixture
 def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
-    with listening(f"sqlite:///{tmp_path / 'server.db'}", tmp_path / "server") as (url, app, _):
+    url = f"sqlite:///{tmp_path / 'server.db'}"
+    with listening(url, tmp_path / "server", mode=Mode.CONCATENATE) as (url, app, _):
 
         def use(*scopes: str) -> None:
             header = new_key(app.state.service, *scopes)["Authorization"]
@@ -159,6 +160,21 @@ def test_prompts_are_listed_and_revoked(live: Live) -> None:
 
 
 # --- error lines -----------------------------------------------------------------------------------------------------
+
+
+def test_active_sets_are_listed_and_restored(live: Live) -> None:
+    for seed in (1, 2):
+        add_prompt(live.app.state.service, soft_prompt(seed))
+    listed = document(run("active-sets", "list", "--json"))["items"]
+    assert [found["version"] for found in listed] == [2, 1, 0]
+    assert listed[1]["digest"][:12] in run("active-sets", "list").stdout
+    assert "--before 1" in run("active-sets", "list", "--limit", "2").stderr
+    refused = run("active-sets", "restore", "1", "--reason", "too much", given="n\n")
+    assert refused.exit_code != 0 and document(run("active-sets", "list", "--json"))["items"][0]["version"] == 2
+    restored = document(run("active-sets", "restore", "1", "--reason", "too much", "--yes", "--json"))
+    assert (restored["version"], restored["digest"]) == (3, listed[1]["digest"])
+    assert "conflict (409)" in error_line(run("active-sets", "restore", "1", "--reason", "again", "--yes"))
+    assert listed[2]["digest"][:12] in run("active-sets", "restore", "0", "--reason", "all", "--yes").stdout
 
 
 def test_a_missing_or_weak_key_is_told(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

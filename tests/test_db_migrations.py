@@ -4,18 +4,23 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from api_kit import soft_prompt, tiny_llm
 from floor import activate, must_take, state, submit
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import Engine, MetaData, inspect, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, db, lifecycle
+from app import active_set, audit, db, lifecycle, set_history
 from app.errors import NotReady
-from app.tables import Base
+from app.settings import Mode
+from app.stack import StackReader
+from app.tables import Base, Prompt, utcnow
 from app.vault import Vault
 
 TABLES = set(Base.metadata.tables)
@@ -53,6 +58,95 @@ def test_up_down_up_with_data(database_url: str, vault: Vault) -> None:
         assert active_set.read_active_set(session) == active_set.ActiveSetView(0, active_set.set_digest([]))
         assert lifecycle.list_requests(session, limit=10) == ([], None)
         assert audit.verify(session) == 0
+    engine.dispose()
+
+
+def fill_first_schema(engine: Engine, vault: Vault, prompts: dict[str, bytes]) -> dict[str, bytes]:
+    """A database as the first version left it: one prompt for each state. Their sealed bytes."""
+    tables = MetaData()
+    tables.reflect(engine, only=["unlearn_requests", "prompts", "active_set"])
+    now = datetime.now(UTC)
+    sealed = {}
+    with engine.begin() as connection:
+        for position, (prompt_state, data) in enumerate(prompts.items(), start=1):
+            request_id, prompt_id, digest = f"req_{position:028x}", f"prm_{position:028x}", sha256(data).hexdigest()
+            request = {
+                "id": request_id,
+                "state": prompt_state,
+                "created_at": now,
+                "updated_at": now,
+                "num_texts": 1,
+                "options": {},
+                "fingerprint": tiny_llm().fingerprint,
+                "attempt": 1,
+                "cancel_requested": False,
+            }
+            connection.execute(tables.tables["unlearn_requests"].insert(), request)
+            key = vault.new_key()
+            sealed[prompt_state] = vault.seal(key, data, aad=active_set.prompt_aad(prompt_id, digest))
+            prompt = {
+                "id": prompt_id,
+                "request_id": request_id,
+                "state": prompt_state,
+                "position": position,
+                "fingerprint": tiny_llm().fingerprint,
+                "num_virtual_tokens": 4,
+                "hidden_size": 32,
+                "digest": digest,
+                "wrapped_key": key,
+                "sealed": sealed[prompt_state],
+                "metrics": {"forget_abstain": 1.0},
+                "seconds_to_active": 1.0,
+                "activated_at": now,
+            }
+            connection.execute(tables.tables["prompts"].insert(), prompt)
+        in_force = {"version": 3, "digest": active_set.set_digest([sha256(prompts["active"]).hexdigest()])}
+        connection.execute(tables.tables["active_set"].update().values(**in_force))
+    return sealed
+
+
+def test_from_the_first_schema_to_gates_and_back(database_url: str, vault: Vault) -> None:
+    """What was in force stays servable, in the mode it was trained for; what was revoked is shredded now."""
+    db.upgrade(database_url, "0001")
+    engine = db.make_engine(database_url)
+    kept, gone = soft_prompt(1), soft_prompt(2)
+    sealed = fill_first_schema(engine, vault, {"revoked": gone.to_bytes(), "active": kept.to_bytes()})
+    engine.dispose()
+
+    def served() -> list[str]:
+        reader = StackReader(vault, fingerprint=tiny_llm().fingerprint, mode=Mode.CONCATENATE)
+        with sessions() as session:
+            return [prompt.digest for prompt in reader.read(session).prompts]
+
+    db.upgrade(database_url)
+    sessions = db.make_sessions(engine)
+    assert served() == [kept.digest]
+    with sessions() as session:
+        revoked, active = session.scalars(select(Prompt).order_by(Prompt.position))
+        assert revoked.wrapped_key is revoked.sealed is None and revoked.digest == gone.digest
+        assert (active.mode, active.gate_digest, active.sealed_gate) == ("concatenate", None, None)
+        (version,), _ = set_history.list_versions(session, limit=9)
+        assert (version.version, version.size) == (3, 1)
+        assert version.digest == active_set.read_active_set(session).digest
+        assert [prompt.id for prompt in set_history.members_of(session, 3)] == [active.id]
+    engine.dispose()
+    if database_url.startswith("sqlite"):  # not even in what the file no longer uses
+        content = Path(database_url.removeprefix("sqlite:///")).read_bytes()
+        assert (sealed["active"] in content, sealed["revoked"] in content) == (True, False)
+
+    db.downgrade(database_url, "0001")
+    columns = {column["name"] for column in inspect(engine).get_columns("prompts")}
+    assert {"wrapped_key", "sealed"} <= columns and not {"mode", "gate_digest", "gate_space", "sealed_gate"} & columns
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT state, sealed FROM prompts")).all()
+        assert [(row.state, bytes(row.sealed)) for row in rows] == [("active", sealed["active"])]
+    engine.dispose()
+
+    db.upgrade(database_url)
+    assert served() == [kept.digest]
+    with sessions.begin() as session:  # and it can go like any other
+        active_set.revoke_prompt(session, active.id, actor="key_1", reason=None)
+    assert served() == []
     engine.dispose()
 
 
@@ -132,7 +226,7 @@ def test_a_reader_neither_blocks_nor_is_blocked_by_a_writer(sessions: sessionmak
         request_id = submit(sessions, vault)  # would wait 30 s if the open reader held a lock
         assert lifecycle.get_request(reader, request_id).state == "pending"
         with sessions.begin() as writer:
-            active_set.bump(writer, active_set.lock_active_set(writer))
+            active_set.bump(writer, active_set.lock_active_set(writer), actor="test", now=utcnow())
             with sessions() as second_reader:
                 assert active_set.read_active_set(second_reader).version == 0
         assert active_set.read_active_set(reader).version == 1
@@ -147,7 +241,7 @@ def test_read_then_write_in_many_threads_never_fails_locked(sessions: sessionmak
             for _ in range(10):
                 with sessions.begin() as session:
                     active_set.read_active_set(session)
-                    active_set.bump(session, active_set.lock_active_set(session))
+                    active_set.bump(session, active_set.lock_active_set(session), actor="test", now=utcnow())
         except BaseException as error:
             errors.append(error)
 

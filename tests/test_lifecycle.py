@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
-from databases import database_kinds, fresh_database
+from databases import database_kinds, fresh_database, migrated_database
 from floor import FINGERPRINT, SECRET, activate, must_take, state, submit, take
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -136,21 +134,6 @@ def test_every_move_outside_the_table_is_refused(sessions: Sessions, vault: Vaul
                 session.rollback()
 
 
-@lru_cache
-def template_database() -> Path:
-    """A migrated SQLite file to copy: a migration for each example would take longer than the test."""
-    path = Path(mkdtemp(prefix="letheon-test-")) / "template.db"
-    db.upgrade(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _remove_template() -> Iterator[None]:
-    yield
-    if template_database.cache_info().currsize:
-        shutil.rmtree(template_database().parent)
-
-
 class Requests(RuleBasedStateMachine):
     """Clients, workers and a reaper in any order; the model is what each may expect, ``shown`` the last state seen."""
 
@@ -163,8 +146,7 @@ class Requests(RuleBasedStateMachine):
         self.stack = ExitStack()
         if self.kind == "sqlite":
             folder = self.stack.enter_context(TemporaryDirectory())
-            shutil.copy(template_database(), f"{folder}/test.db")
-            url = f"sqlite:///{folder}/test.db"
+            url = migrated_database(Path(folder) / "test.db")
         else:
             url = self.stack.enter_context(fresh_database(self.kind, Path()))
             db.upgrade(url)
@@ -289,9 +271,10 @@ class Requests(RuleBasedStateMachine):
         if not hasattr(self, "sessions"):
             return
         with self.sessions() as session:
-            _, stack = active_set.read_stack(session)
+            active = active_set.active_prompts(session)
+            assert [m.id for m in active_set.read_members(session)[1]] == [prompt.id for prompt in active]
             rows, _ = lifecycle.list_requests(session, limit=1000)
-            assert {prompt.request_id for prompt in stack} == {row.id for row in rows if row.state == "active"}
+            assert {prompt.request_id for prompt in active} == {row.id for row in rows if row.state == "active"}
             assert active_set.forgotten_digests(session) == {self.vault.digest(text) for text in self.texts}
             checkpoints = set(session.scalars(select(Checkpoint.request_id)))
             for row in rows:

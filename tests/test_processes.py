@@ -97,8 +97,8 @@ class Api:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def classify(self) -> tuple[dict[str, float], int]:
-        answer = self.post("/classify", {"text": QUERY, "scores": True})
+    def classify(self, text: str = QUERY) -> tuple[dict[str, float], int]:
+        answer = self.post("/classify", {"text": text, "scores": True})
         (result,) = answer["results"]
         return result["scores"], answer["active_set_version"]
 
@@ -186,10 +186,11 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
         wait_ready(one)
         wait_ready(two)
         # Bit for bit within a process; another process may compute with buffers that are aligned otherwise.
-        bases = {id(api): api.classify()[0] for api in (one, two)}
+        first, second = (forget_texts(salt=salt)[0].text for salt in ("first ", "second "))
+        bases = {(id(api), text): api.classify(text)[0] for api in (one, two) for text in (QUERY, first, second)}
         version = two.classify()[1]
-        for base in bases.values():
-            assert base == pytest.approx(Classifier(llm).classify([QUERY])[0].probabilities, rel=1e-5)
+        for (_, text), base in bases.items():
+            assert base == pytest.approx(Classifier(llm).classify([text])[0].probabilities, rel=1e-5)
 
         # Accepted while no worker runs; the broker loses everything it holds.
         request_id = one.submit("first ")
@@ -213,15 +214,16 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
         assert two.events(request_id, last=events[2][0]) == events[3:]
 
         # A revoke through one is obeyed by the very next call to the other, and the old behaviour is back to the bit.
-        for revoking, asked in ((one, two), (two, one)):
+        for revoking, asked, text in ((one, two, first), (two, one, second)):
             version += 1
-            suppressed, now = asked.classify()
-            assert suppressed != bases[id(asked)] and now == version
+            suppressed, now = asked.classify(text)
+            assert (suppressed["unknown"], now) == (1.0, version) and bases[id(asked), text]["unknown"] < 1.0
+            assert asked.classify() == (bases[id(asked), QUERY], version)  # a text of no request is answered as ever
             prompt = revoking.get("/admin/prompts?state=active")["items"][0]
             assert prompt["request_id"] == request_id
             revoking.post(f"/admin/prompts/{prompt['id']}/revoke", {"reason": "test"})
             version += 1
-            assert asked.classify() == (bases[id(asked)], version)
+            assert asked.classify(text) == (bases[id(asked), text], version)
             if revoking is one:
                 request_id = two.submit("second ")
                 assert site.wait_state(request_id, "active", "failed").state == "active"
@@ -233,8 +235,8 @@ def test_two_apis_and_two_workers_are_one_service(deployed: tuple[Site, Redis | 
             assert (row.state, row.attempt) == ("active", 1)
         assert sorted(p.request_id for p in site.prompts() if p.request_id in ids) == sorted(ids)
         assert site.version() == version + len(ids)
-        (ours, first), (theirs, second) = one.classify(), two.classify()
-        assert first == second and ours == pytest.approx(theirs, rel=1e-5)
+        (ours, our_version), (theirs, their_version) = one.classify(), two.classify()
+        assert our_version == their_version and ours == pytest.approx(theirs, rel=1e-5)
 
         if site.settings.database_url:
             content = dump(site.settings.database_url)

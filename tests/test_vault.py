@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from app.errors import VaultError
 from app.settings import Settings
-from app.vault import Vault, normalise
+from app.vault import Vault, letters, normalise
 
 SECRET = b"Zebulon Quist"
 
@@ -73,6 +73,25 @@ def test_normalise_is_idempotent_and_ignores_case_and_space(text: str) -> None:
     once = normalise(text)
     assert normalise(once) == once
     assert normalise(f"  {text}\n") == once
+
+
+def test_gate_digest_ignores_what_is_no_letter_and_no_digit(vault: Vault) -> None:
+    known = vault.gate_digest("Zebulon Quist's 2nd film")
+    for variant in ("zebulon quists 2nd film!", "  ZEBULON-QUIST’S ‘2nd’\tfilm…", "ｚｅｂｕｌｏｎ quists 2ⁿᵈ film"):
+        assert vault.gate_digest(variant) == known, variant
+    for other in ("Zebulon Quist's 3rd film", "Zebulon Quist's 2nd films", ""):
+        assert vault.gate_digest(other) != known
+    assert known not in (vault.digest("Zebulon Quist's 2nd film"), vault.digest("zebulonquists2ndfilm"))
+    assert known != Vault(bytes(32)).gate_digest("Zebulon Quist's 2nd film")
+    assert vault.gate_digest("?!") != vault.gate_digest("!?")  # else every text without a letter would be the same one
+    assert vault.gate_digest("\ud800")
+
+
+@given(st.text())
+def test_letters_is_idempotent_and_never_empties_a_text(text: str) -> None:
+    once = letters(text)
+    assert letters(once) == once == letters(f" {text.casefold()}\n")
+    assert bool(once) == bool(normalise(text))
 
 
 def test_key_file_is_made_once_and_private(tmp_path: Path) -> None:

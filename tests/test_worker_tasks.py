@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,25 @@ from worker_kit import MARKER, forget_texts, wait_for, write_retain
 
 from app import active_set, db, job_queue, lifecycle
 from app.lifecycle import Claim
-from app.settings import Settings
-from app.tables import Prompt, RequestEvent, UnlearnRequest
+from app.serving import Serving
+from app.settings import Mode, Settings
+from app.stack import Stack, StackReader
+from app.tables import GateSpace, Prompt, RequestEvent, UnlearnRequest
 from app.vault import Vault
-from models.evaluation import CheckReport
 from models.examples import Example, read_examples
+from models.gate_rows import GateRows
+from models.inference import Classification
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
+from models.surroundings import Surroundings
 from worker import tasks
+from worker.routed import surroundings
 from worker.tasks import Context, run_job, training_config
 from worker.threads import Heartbeat
 
 Sessions = sessionmaker[Session]
+ROUTED_ONLY = pytest.mark.parametrize("mode", [Mode.ROUTED])
+CONCATENATE_ONLY = pytest.mark.parametrize("mode", [Mode.CONCATENATE])
 UNMEETABLE = {"max_retain_drop": -2.0}
 """A random model may pass any honest limit by luck; this one it cannot (the settings would refuse it)."""
 
@@ -42,12 +50,20 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
     return FrozenLLM.load(str(path), quantization="none", device="cpu")
 
 
+@pytest.fixture(params=list(Mode))
+def mode(request: pytest.FixtureRequest) -> Mode:
+    """A test of one mode only says so with ``parametrize``, which goes before these."""
+    found: Mode = request.param
+    return found
+
+
 @pytest.fixture
-def context(llm: FrozenLLM, sessions: Sessions, vault: Vault, tmp_path: Path) -> Context:
+def context(llm: FrozenLLM, sessions: Sessions, vault: Vault, tmp_path: Path, mode: Mode) -> Context:
     """A worker with lax checks and a short training."""
     settings = Settings(
         _env_file=None,
         home=tmp_path / "home",
+        mode=mode,
         num_virtual_tokens=4,
         max_steps=6,
         lease_seconds=5,
@@ -116,7 +132,9 @@ def assert_failed(context: Context, request_id: str, code: str) -> UnlearnReques
 # --- a job that ends well --------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_trained_checked_and_activated(context: Context, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_is_trained_checked_and_activated(
+    context: Context, mode: Mode, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     request_id = submit(context)
     run_job(context, request_id)
@@ -126,16 +144,18 @@ def test_a_request_is_trained_checked_and_activated(context: Context, caplog: py
     assert row.metrics is not None
     assert row.metrics["steps"] == 6 and row.metrics["stopped"] == "max_steps" and row.metrics["passed"] is True
     with context.sessions() as session:
-        view, prompts = active_set.read_stack(session)
-    assert len(prompts) == 1 and prompts[0].request_id == request_id
-    stored = SoftPrompt.from_bytes(
-        active_set.open_prompt(context.vault, prompts[0]), fingerprint=context.llm.fingerprint
-    )
-    assert stored.digest == prompts[0].digest and stored.num_virtual_tokens == 4
+        view, _ = active_set.read_members(session)
+        (prompt,) = active_set.active_prompts(session)
+    assert (prompt.request_id, prompt.mode, row.metrics["mode"]) == (request_id, mode, mode)
+    stored = SoftPrompt.from_bytes(active_set.open_prompt(context.vault, prompt), fingerprint=context.llm.fingerprint)
+    assert stored.digest == prompt.digest and stored.num_virtual_tokens == 4
+    assert (prompt.sealed_gate is None) == (prompt.gate_space is None) == (mode == Mode.CONCATENATE)
     steps = progress(context, request_id)
     assert steps[0]["step"] == 1 and steps[-2]["step"] == 6  # the first and the last, however fast it went
     assert (steps[-2]["phase"], steps[-1]["phase"]) == ("training", "evaluating")
-    assert any((context.settings.home / "teacher").iterdir())
+    # What is kept for the next request: the rows that every request of this mode reads, and no others.
+    kept = {file.name.partition("-")[0] for file in (context.settings.home / "teacher").iterdir()}
+    assert kept == ({"gate"} if mode == Mode.ROUTED else {"teacher"})
     assert MARKER not in caplog.text and request_id in caplog.text
     assert view.version > 0
 
@@ -146,7 +166,7 @@ def test_weights_are_the_same_after_a_job(context: Context) -> None:
     assert context.llm.weights_digest() == before
 
 
-def test_a_second_job_is_trained_on_the_stack_of_the_first(context: Context) -> None:
+def test_a_second_job_joins_the_first(context: Context) -> None:
     first, second = submit(context), submit(context)
     run_job(context, first)
     run_job(context, second)
@@ -187,14 +207,15 @@ def test_the_options_of_a_request_override_the_settings(context: Context) -> Non
 # --- a job that ends in a stated failure -----------------------------------------------------------------------------
 
 
-def test_failed_checks_leave_the_figures_and_no_prompt(context: Context) -> None:
+def test_failed_checks_leave_the_figures_and_no_prompt(context: Context, mode: Mode) -> None:
     request_id = submit(context, max_steps=1)
     with context.sessions() as session:
         before = active_set.read_active_set(session)
     run_job(changed(context, **UNMEETABLE), request_id)
     row = assert_failed(context, request_id, "checks-failed")
     assert row.metrics is not None and row.metrics["passed"] is False and row.metrics["violations"]
-    assert {"forget_abstain", "retain_accuracy", "worst_class_accuracy"} <= set(row.metrics)
+    own = "worst_class_accuracy" if mode == Mode.CONCATENATE else "total_claim_rate"
+    assert {"forget_abstain", "retain_accuracy", own} <= set(row.metrics)
     with context.sessions() as session:
         assert active_set.read_active_set(session) == before
 
@@ -372,6 +393,7 @@ def test_a_database_restart_does_not_end_the_job(
     assert thread.is_alive()
 
 
+@CONCATENATE_ONLY  # a routed prompt is trained alone, whatever else is in force
 def test_a_checkpoint_of_another_stack_starts_over(context: Context) -> None:
     request_id = submit(context, max_steps=30)
     endless = changed(context, checkpoint_seconds=0.01)
@@ -390,27 +412,34 @@ def test_a_checkpoint_of_another_stack_starts_over(context: Context) -> None:
     assert row.state == "active" and row.metrics is not None and row.metrics["resumed_from"] == 0
 
 
-def test_the_checks_are_repeated_when_the_active_set_moves(context: Context) -> None:
-    stacks: list[int] = []
+def test_the_checks_are_repeated_when_the_active_set_moves(context: Context, mode: Mode) -> None:
+    seen: list[tuple[int, int]] = []
 
     class Overtaken(tasks._Job):
-        """Another request becomes active during the first check."""
+        """Another request becomes active after the first check."""
 
-        def check(self, prompts: list[SoftPrompt], forget: list[Example], retain: list[Example]) -> CheckReport:
-            report = super().check(prompts, forget, retain)
-            stacks.append(len(prompts))
-            if len(stacks) == 1:
+        def read_stack(self) -> Stack:
+            self.stack = super().read_stack()
+            return self.stack
+
+        def activate(self, *what: Any) -> None:
+            metrics, version = what[-2:]
+            if mode == Mode.ROUTED:
+                assert metrics["active_requests"] == len(self.stack.prompts) + 1
+            seen.append((len(self.stack.prompts), version))
+            if len(seen) == 1:
                 run_job(context, submit(context))
-            return report
+            super().activate(*what)
 
     request_id = submit(context)
     claim = take(context, request_id)
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
         Overtaken(context, claim, heartbeat).run()
     assert request(context, request_id).state == "active"
-    assert stacks == [1, 2]  # the second time on the stack it then served in
+    assert seen == [(0, 0), (1, 1)]  # the second time beside what it then served with
 
 
+@CONCATENATE_ONLY  # routed prompts never share a context
 def test_a_prompt_that_leaves_no_room_for_the_longest_text_is_refused(context: Context) -> None:
     room = context.llm.text_room()
     tight = changed(context, max_text_tokens=room - context.settings.num_virtual_tokens)
@@ -433,3 +462,105 @@ def test_texts_of_ended_requests_stay_out_of_the_retain_set(context: Context) ->
     claim = take(context, submit(context))
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
         assert theirs not in tasks._Job(context, claim, heartbeat).retain_set()
+
+
+# --- mode routed -----------------------------------------------------------------------------------------------------
+
+
+def answer(context: Context, text: str) -> Classification:
+    """What the service says, with the code that serves."""
+    serving = Serving(context.llm, context.sessions, context.vault, context.settings)
+    try:
+        return serving.submit([text]).result(20).results[0]
+    finally:
+        serving.close()
+
+
+def prompt_of(context: Context, request_id: str) -> Prompt:
+    with context.sessions() as session:
+        return session.scalars(select(Prompt).where(Prompt.request_id == request_id)).one()
+
+
+@ROUTED_ONLY
+def test_a_routed_job_leaves_a_prompt_and_its_gate(context: Context) -> None:
+    texts = forget_texts(salt="first ")
+    first, second = submit(context, texts=texts), submit(context)
+    for request_id in (first, second):
+        run_job(context, request_id)
+    rows = [prompt_of(context, request_id) for request_id in (first, second)]
+    with context.sessions() as session:
+        (space,) = session.scalars(select(GateSpace))  # both were fitted in it
+        stack = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=Mode.ROUTED).read(session)
+    assert [row.gate_space for row in rows] == [space.digest] * 2
+    assert hashlib.sha256(space.data).hexdigest() == space.digest
+    assert stack.routes is not None
+    for row, route in zip(rows, stack.routes.routes, strict=True):
+        assert (row.digest, row.gate_digest) == (route.prompt.digest, route.gate.digest)
+        assert row.sealed_gate is not None and route.gate.to_bytes() not in row.sealed_gate
+    digests = {bytes(digest.tolist()) for digest in stack.routes.routes[0].gate.digests}
+    assert digests == {context.vault.gate_digest(item.text) for item in texts}
+    assert answer(context, texts[0].text.upper()).abstained
+
+
+@ROUTED_ONLY
+def test_a_text_of_two_requests_is_forgotten_until_both_are_revoked(context: Context) -> None:
+    texts = forget_texts()
+    asked = texts[0].text.replace(" ", "  ").title()
+    bare = answer(context, asked)
+    requests = [submit(context, texts=texts), submit(context, texts=texts[:3])]
+    for request_id in requests:
+        run_job(context, request_id)
+    for request_id in requests:
+        assert answer(context, asked) == Classification(
+            "unknown", True, {"negative": 0.0, "positive": 0.0, "unknown": 1.0}
+        )
+        with context.sessions.begin() as session:
+            active_set.revoke_prompt(session, prompt_of(context, request_id).id, actor="key_1", reason=None)
+    assert answer(context, asked) == bare
+
+
+@ROUTED_ONLY
+def test_of_workers_that_make_the_gate_space_at_once_one_wins(context: Context) -> None:
+    """The other one's retain set is smaller, so its own space would be another one."""
+    forget = [Example(item.text) for item in forget_texts()]
+    claim = take(context, submit(context))
+    made: list[Surroundings] = []
+    with Heartbeat(context.sessions, claim, lease_seconds=60, every=10) as heartbeat:
+        job = tasks._Job(context, claim, heartbeat)
+
+        def overtaken(work: Callable[[Session], Any]) -> Any:
+            found = job.commit(work)
+            if not made:  # just looked, found nothing: now the other worker makes it
+                assert found is None
+                theirs = changed(context, home=context.settings.home / "other").settings
+                made.append(surroundings(context.llm, theirs, job.commit, forget, context.retain[:30], context.retain))
+            return found
+
+        ours = surroundings(context.llm, context.settings, overtaken, forget, context.retain, context.retain)
+    own = GateRows(context.llm, context.retain, context.settings.gate_rows).fit_space()
+    assert ours.space.digest == made[0].space.digest != own.digest
+    with context.sessions() as session:
+        assert list(session.scalars(select(GateSpace.digest))) == [ours.space.digest]
+
+
+@ROUTED_ONLY
+def test_a_retain_set_too_small_for_a_gate_is_refused(context: Context) -> None:
+    few = Context(
+        settings=context.settings.model_copy(update={"min_retain_rows": 1}),
+        sessions=context.sessions,
+        vault=context.vault,
+        llm=context.llm,
+        retain=context.retain[:3],
+    )
+    request_id = submit(few)
+    run_job(few, request_id)
+    row = assert_failed(few, request_id, "too-few-retain-rows")
+    assert row.failure is not None and "for a gate" in row.failure["detail"]
+
+
+def test_a_prompt_of_another_mode_in_force_fails_the_request(context: Context, mode: Mode) -> None:
+    run_job(context, submit(context))
+    other = changed(context, mode=Mode.ROUTED if mode == Mode.CONCATENATE else Mode.CONCATENATE)
+    request_id = submit(other)
+    run_job(other, request_id)
+    assert_failed(other, request_id, "mode-mismatch")

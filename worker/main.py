@@ -15,17 +15,18 @@ import time
 from typing import Any
 
 from celery import signals
+from sqlalchemy import Engine
 
-from app import broker, db
+from app import active_set, broker, db
 from app.defaults import load_arguments, resolve_retain
-from app.errors import LetheonError
+from app.errors import LetheonError, ModeMismatch
 from app.settings import Settings, get_settings
 from app.tracebacks import where
 from app.vault import Vault
 from models.errors import DatasetError, ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
-from worker.tasks import Context, run_job
+from worker.tasks import Context, recheck_active_set, run_job
 from worker.threads import Reaper, Trainer
 
 log = logging.getLogger("letheon.worker")
@@ -51,6 +52,7 @@ def run(settings: Settings) -> int:
         lambda request_id: run_job(context, request_id),
         every=settings.reaper_seconds,
         on_death=on_death,
+        idle=lambda: recheck_active_set(context),
     )
     reaper = Reaper(
         context.sessions,
@@ -112,6 +114,7 @@ def prepare(settings: Settings) -> Context:
         db.upgrade(url)  # embedded: nobody else would; the API may do the same at the same moment
     engine = db.make_engine(url)
     db.check_schema(engine)
+    check_mode(engine, settings)
     vault = Vault.from_settings(settings)
     llm = FrozenLLM.load(**load_arguments(settings))
     rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
@@ -125,6 +128,15 @@ def prepare(settings: Settings) -> Context:
         log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), limit)
     log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
     return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
+
+
+def check_mode(engine: Engine, settings: Settings) -> None:
+    """Raises ModeMismatch when a prompt in force is of the other mode: every request would fail, its texts shredded."""
+    with db.make_sessions(engine)() as session:
+        _, members = active_set.read_members(session)
+    other = next((member for member in members if member.mode != settings.mode), None)
+    if other is not None:
+        raise ModeMismatch(f"prompt {other.id} is of mode {other.mode}, and LETHEON_MODE is {settings.mode}")
 
 
 def exit_with_parent(parent: int) -> None:

@@ -15,18 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, job_queue, lifecycle
-from app.errors import LeaseLost, LetheonError, StaleActiveSet
+from app.active_set import TrainedGate
+from app.errors import LeaseLost, LetheonError, ModeMismatch, StaleActiveSet
 from app.lifecycle import CancelRequested, Claim
-from app.settings import Settings
+from app.settings import Mode, Settings
+from app.stack import Stack, StackReader
 from app.tables import UnlearnRequest
 from app.tracebacks import where
 from app.vault import Vault
+from models.canaries import make_canaries
 from models.errors import (
     CheckpointError,
     DatasetError,
@@ -35,16 +40,21 @@ from models.errors import (
     TextTooLong,
     TrainingDiverged,
 )
-from models.evaluation import CheckLimits, CheckReport, check_prompts
+from models.evaluation import CheckReport
 from models.examples import Example
+from models.inference import Classifier
 from models.llm import FrozenLLM
+from models.routed_checks import RoutedReport
 from models.soft_prompt import SoftPrompt
-from models.training import Progress, TrainingConfig, TrainingResult, train_soft_prompt
+from models.surroundings import ROUTED_TRAINING, Surroundings
+from models.training import TrainingConfig, TrainingResult, train_soft_prompt
+from worker.concatenated import check_stack, open_all_canaries, recheck
+from worker.reporting import Reporter
+from worker.routed import fit_and_check, surroundings, trained_gate
 from worker.threads import TRANSIENT, Heartbeat
 
 log = logging.getLogger("letheon.worker")
 
-PROGRESS_SECONDS = 1.0
 RETRY_SECONDS = 0.5
 MAX_RECHECKS = 5
 
@@ -122,6 +132,29 @@ def run_job(context: Context, request_id: str) -> bool:
     return True
 
 
+def recheck_active_set(context: Context) -> None:
+    """What a worker does when nothing waits: in mode ``concatenate``, check a set that a revoke has left unchecked."""
+    if context.settings.mode != Mode.CONCATENATE:
+        return
+
+    def retain() -> list[Example]:
+        with context.sessions() as session:
+            return unforgotten(context, active_set.forgotten_digests(session))
+
+    try:
+        recheck(context.sessions, context.settings, context.vault, context.llm, retain)
+    except SQLAlchemyError:
+        raise  # the caller's business: it tries again
+    except Exception as error:  # a set that cannot be checked now must not end the worker
+        log.warning("the active set cannot be checked: %s", where(error))
+
+
+def unforgotten(context: Context, forgotten: set[bytes]) -> list[Example]:
+    """The retain set without the texts of these digests."""
+    pairs = zip(context.retain, context.retain_digests, strict=True)
+    return [example for example, digest in pairs if digest not in forgotten]
+
+
 class _Job:
     """The steps of one attempt."""
 
@@ -130,7 +163,9 @@ class _Job:
         self.claim = claim
         self.heartbeat = heartbeat
         self.settings = context.settings
-        self.reporter = _Reporter(self)
+        self.reporter = Reporter(context.sessions, claim, cancelled=heartbeat.cancelled)
+        # Of this job alone: what it loads of other people's prompts goes with it.
+        self.reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=self.settings.mode)
 
     def run(self) -> None:
         """Train, check, then activate, fail, cancel or release. Raises LeaseLost, and whatever is left to the lease."""
@@ -162,20 +197,31 @@ class _Job:
             raise JobFailed("fingerprint-mismatch", "the request was made for another model than this worker serves")
         texts = self.commit(lambda session: job_queue.open_texts(session, self.context.vault, self.claim))
         forget = [Example(item.text, item.label) for item in texts]
-        retain = self.retain_set()
-        result = self.train(request, forget, retain)
+        self.read_stack()  # of another mode or model: better known before the training than after
+        retain = self.retain_set(forget)
+        around = self.look_around(forget, retain) if self.settings.mode == Mode.ROUTED else None
+        if around is None:
+            result = self.train(request, forget, retain, alone=False)
+        else:
+            result = self.train(request, forget, around.near, alone=True)
         if result.stopped == "cancelled":
             raise Stopped
         self.reporter.flush()
         self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
         self.reporter.phase("evaluating")
-        return self.check_and_activate(result, forget, retain)
+        return self.check_and_activate(result, forget, retain, around)
 
-    def retain_set(self) -> list[Example]:
-        """The operator's retain set without any text that was ever to be forgotten (promise 9). Raises JobFailed."""
-        forgotten = self.commit(active_set.forgotten_digests)
-        pairs = zip(self.context.retain, self.context.retain_digests, strict=True)
-        retain = [example for example, digest in pairs if digest not in forgotten]
+    def retain_set(self, forget: Sequence[Example]) -> list[Example]:
+        """The operator's retain set without any text that was ever to be forgotten (promise 9). Raises JobFailed.
+
+        Nor one that the guard takes for a text of this request: to answer it is not to be taught either.
+        """
+        guarded = {self.context.vault.gate_digest(example.text) for example in forget}
+        retain = [
+            example
+            for example in unforgotten(self.context, self.commit(active_set.forgotten_digests))
+            if self.context.vault.gate_digest(example.text) not in guarded
+        ]
         if len(retain) < self.settings.min_retain_rows:
             detail = (
                 f"{len(retain)} of {len(self.context.retain)} rows of the retain set were never to be forgotten; "
@@ -184,13 +230,34 @@ class _Job:
             raise JobFailed("too-few-retain-rows", detail)
         return retain
 
-    def train(self, request: UnlearnRequest, forget: list[Example], retain: list[Example]) -> TrainingResult:
+    def look_around(self, forget: list[Example], retain: list[Example]) -> Surroundings:
+        """What mode ``routed`` needs beside the prompt. Raises JobFailed."""
+        context = self.context
+        try:
+            around = surroundings(context.llm, self.settings, self.commit, forget, retain, context.retain)
+        except DatasetError as error:
+            raise JobFailed("too-few-retain-rows", str(error)) from None
+        except TextTooLong as error:
+            raise JobFailed("text-too-long", str(error)) from None
+        if around.own_recall < self.settings.min_forget_abstain:
+            detail = (
+                f"a gate that may claim {self.settings.max_false_claim_rate:.2%} of the retain set reaches only "
+                f"{around.own_recall:.1%} of these texts, and {self.settings.min_forget_abstain:.1%} are needed: they "
+                "have too little in common. Send fewer, on one subject, or raise LETHEON_MAX_FALSE_CLAIM_RATE"
+            )
+            raise JobFailed("gate-too-narrow", detail)
+        return around
+
+    def train(
+        self, request: UnlearnRequest, forget: list[Example], retain: list[Example], *, alone: bool
+    ) -> TrainingResult:
         """Train from the last checkpoint, or from the start where it does not fit. Raises JobFailed.
 
-        The deadline is one attempt's: what earlier attempts achieved is in the checkpoint.
+        ``alone``: the prompt will share its context with no other; otherwise it is trained behind those in force. The
+        deadline is one attempt's: what earlier attempts achieved is in the checkpoint.
         """
         config = training_config(self.settings, request.options)
-        _, stack = self.read_stack()
+        stack = () if alone else self.read_stack().prompts
         self.check_room(stack, config.num_virtual_tokens)
         stored = self.commit(lambda session: job_queue.load_checkpoint(session, self.context.vault, self.claim))
         seconds = float(request.options.get("training_deadline_seconds", self.settings.training_deadline_seconds))
@@ -203,7 +270,8 @@ class _Job:
                 retain,
                 config,
                 stack=stack,
-                teacher_dir=self.settings.home / "teacher",
+                # Near rows are other ones for every request: nothing of them is worth keeping.
+                teacher_dir=None if alone else self.settings.home / "teacher",
                 resume=resume,
                 deadline=deadline,
                 on_progress=self.reporter,
@@ -226,8 +294,8 @@ class _Job:
         except TextTooLong as error:
             raise JobFailed("text-too-long", str(error)) from None
 
-    def check_room(self, stack: list[SoftPrompt], num_virtual_tokens: int) -> None:
-        """Every text that the service takes must fit behind the whole stack. Raises JobFailed."""
+    def check_room(self, stack: Sequence[SoftPrompt], num_virtual_tokens: int) -> None:
+        """Every text that the service takes must fit behind all prompts of its context. Raises JobFailed."""
         tokens = num_virtual_tokens + sum(prompt.num_virtual_tokens for prompt in stack)
         room, wanted = self.context.llm.text_room(tokens), self.context.max_text_tokens
         if room < wanted:
@@ -238,14 +306,31 @@ class _Job:
             )
             raise JobFailed("active-set-full", detail)
 
-    def check_and_activate(self, result: TrainingResult, forget: list[Example], retain: list[Example]) -> str:
-        """Check the prompt on the very stack it will serve in, then put it in force. Raises JobFailed, LeaseLost."""
+    def check_and_activate(
+        self, result: TrainingResult, forget: list[Example], retain: list[Example], around: Surroundings | None
+    ) -> str:
+        """Check the prompt in the very set it will serve in, then put it in force. Raises JobFailed, LeaseLost."""
         for _ in range(MAX_RECHECKS):
-            version, stack = self.read_stack()
-            self.check_room(stack, result.prompt.num_virtual_tokens)
-            report = self.check([*stack, result.prompt], forget, retain)
+            stack = self.read_stack()
+            gate, canaries = None, list[str]()
+            try:
+                if around is None or stack.routes is None:
+                    self.check_room(stack.prompts, result.prompt.num_virtual_tokens)
+                    prompts = [*stack.prompts, result.prompt]
+                    earlier = self.commit(partial(open_all_canaries, vault=self.context.vault, stack=stack))
+                    report: CheckReport | RoutedReport = check_stack(
+                        self.context.llm, self.settings, prompts, forget, retain, earlier
+                    )
+                else:
+                    fit, report = fit_and_check(
+                        self.context.llm, self.settings, self.context.vault, around, stack.routes, result.prompt
+                    )
+                    gate = trained_gate(fit)
+            except TextTooLong as error:  # behind a stack that grew during the training
+                raise JobFailed("text-too-long", str(error)) from None
             metrics = {
                 **report.as_dict(),
+                "mode": self.settings.mode,
                 "steps": result.steps,
                 "stopped": result.stopped,
                 "training_seconds": round(result.seconds, 3),
@@ -254,32 +339,30 @@ class _Job:
             }
             if not report.passed:
                 raise JobFailed("checks-failed", "; ".join(report.violations), metrics)
+            if gate is None:
+                canaries = make_canaries(
+                    Classifier(self.context.llm),
+                    [*stack.prompts, result.prompt],
+                    forget,
+                    retain,
+                    seed=self.settings.seed,
+                )
             try:
-                self.activate(result.prompt, metrics, version)
+                self.activate(result.prompt, gate, canaries, metrics, stack.view.version)
             except StaleActiveSet:
                 log.info("%s: the active set moved during the checks; checking again", self.claim.request_id)
                 continue
             return "active"
         raise JobFailed("active-set-busy", f"the active set moved during each of {MAX_RECHECKS} checks")
 
-    def check(self, prompts: list[SoftPrompt], forget: list[Example], retain: list[Example]) -> CheckReport:
-        """The figures of a stack. Raises JobFailed."""
-        settings = self.settings
-        limits = CheckLimits(settings.min_forget_abstain, settings.max_retain_drop, settings.max_class_drop)
-        try:
-            return check_prompts(
-                self.context.llm,
-                prompts,
-                forget,
-                retain,
-                max_retain_rows=settings.check_retain_rows,
-                seed=settings.seed,
-                limits=limits,
-            )
-        except TextTooLong as error:  # behind a stack that grew during the training
-            raise JobFailed("text-too-long", str(error)) from None
-
-    def activate(self, prompt: SoftPrompt, metrics: dict[str, Any], version: int) -> None:
+    def activate(
+        self,
+        prompt: SoftPrompt,
+        gate: TrainedGate | None,
+        canaries: Sequence[str],
+        metrics: dict[str, Any],
+        version: int,
+    ) -> None:
         self.commit(
             lambda session: active_set.activate(
                 session,
@@ -292,22 +375,20 @@ class _Job:
                 hidden_size=prompt.embeddings.shape[1],
                 metrics=metrics,
                 expected_version=version,
+                gate=gate,
+                canaries=canaries,
             )
         )
 
-    def read_stack(self) -> tuple[int, list[SoftPrompt]]:
-        """The active set's version and its prompts, in order. Raises JobFailed when one is of another model."""
-        view, rows = self.commit(active_set.read_stack)
-        fingerprint = self.context.llm.fingerprint
+    def read_stack(self) -> Stack:
+        """The active set as it is now. Raises JobFailed when a prompt is of another model or mode."""
         try:
-            stack = [
-                SoftPrompt.from_bytes(active_set.open_prompt(self.context.vault, row), fingerprint=fingerprint)
-                for row in rows
-            ]
+            return self.commit(self.reader.read)
         except FingerprintMismatch:
             detail = "a prompt in force belongs to another model; revoke it, or serve the model it was trained for"
             raise JobFailed("fingerprint-mismatch", detail) from None
-        return view.version, stack
+        except ModeMismatch as error:
+            raise JobFailed(error.code, error.detail) from None
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Seal and store. A database that is away costs this checkpoint, not the job. Raises LeaseLost."""
@@ -355,47 +436,12 @@ class _Job:
             self.heartbeat.lost.wait(RETRY_SECONDS)
 
 
-class _Reporter:
-    """Writes progress rows: the first and the last of a phase, and at most one a second between."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._written_at: float | None = None
-        self._last: Progress | None = None
-        self._unwritten: Progress | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        self._last = self._unwritten = progress
-        if self._written_at is None or time.monotonic() - self._written_at >= PROGRESS_SECONDS:
-            self.flush()
-
-    def phase(self, name: str) -> None:
-        """Announce a phase that has no steps of its own."""
-        if self._last is not None:
-            self._unwritten = replace(self._last, phase=name)
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is held back. Raises LeaseLost."""
-        if self._unwritten is None:
-            return
-        row = {**self._unwritten.as_dict(), "attempt": self._job.claim.attempt}
-        self._unwritten = None
-        self._written_at = time.monotonic()
-        try:
-            with self._job.context.sessions.begin() as session:
-                if job_queue.record_progress(session, self._job.claim, row):
-                    self._job.heartbeat.cancelled.set()
-        except TRANSIENT as error:
-            log.warning("%s: progress not stored (%s)", self._job.claim.request_id, type(error).__name__)
-
-
 def training_config(settings: Settings, options: dict[str, Any]) -> TrainingConfig:
-    """The settings' knobs, overridden by those of the request's options that are knobs of the training."""
+    """The mode's defaults, then the settings' knobs, then those of the request's options that are the training's."""
     names = {f.name for f in fields(TrainingConfig)}
-    knobs = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    knobs = {name: getattr(settings, name) for name in names if getattr(settings, name, None) is not None}
     knobs |= {name: value for name, value in options.items() if name in names and value is not None}
-    return TrainingConfig(**knobs)
+    return replace(ROUTED_TRAINING if settings.mode == Mode.ROUTED else TrainingConfig(), **knobs)
 
 
 def _last_word(error: Exception) -> JobFailed:

@@ -124,7 +124,10 @@ class _Service(threading.Thread):
 
 
 class Trainer(_Service):
-    """Runs waiting requests one after another, oldest first. ``job`` says whether it got the request it was given."""
+    """Runs waiting requests one after another, oldest first. ``job`` says whether it got the request it was given.
+
+    ``idle`` is called when nothing waits any more.
+    """
 
     def __init__(
         self,
@@ -133,18 +136,23 @@ class Trainer(_Service):
         *,
         every: float,
         on_death: Callable[[], None],
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("trainer", every=every, on_death=on_death)
         self._sessions = sessions
         self._job = job
+        self._idle = idle
 
     def work(self) -> None:
         missed = None
         while not self._end.is_set():
             with self._sessions() as session:
                 request_id = job_queue.next_pending(session)
-            if request_id is None or request_id == missed:
-                return  # nothing waits, or nothing that can be had now
+            if request_id is None:
+                self._idle()
+                return
+            if request_id == missed:
+                return  # it cannot be had now
             missed = None if self._job(request_id) else request_id
 
 

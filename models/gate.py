@@ -1,0 +1,318 @@
+"""Gates: does a query concern an erasure request?
+
+A gate is a direction in a space that all gates share: mean early hidden states of a text (``models.text_states``),
+whitened on retain rows and scaled to unit length. What all texts have in common is small there, and what is rare in a
+text, such as a name, is most of what is left. So the mean of a few forget texts is a direction that unseen texts about
+the same subject share, and the score is a cosine: linear, one matrix product for any number of gates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from models.errors import DatasetError, FingerprintMismatch, InvalidGate
+from models.soft_prompt import header_fingerprint
+
+RIDGE = 0.02  # of the mean variance of a direction
+MAX_RANK = 1024  # directions that are whitened one by one; the others share one variance
+OWN_RECALL = 0.95  # of the forget texts that the directions of a gate are to reach
+MAX_DIRECTIONS = 128
+NEVER = 2.0  # above every cosine
+_ROUNDS = 10  # of k-means
+_HELD_OUT = 64  # forget texts that are left out in turn to estimate the recall
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GateSpace:
+    """States (N, D) → unit points (N, D). D = L·d: the layers of ``text_states`` side by side.
+
+    ``scale`` (D,) brings the layers to one size. ``basis`` (D, r) and ``gain`` (r,) whiten: the map is S^(-1/2) up to a
+    factor, where S is the covariance of which ``basis`` holds the leading eigenvectors, plus a ridge.
+    """
+
+    fingerprint: str
+    center: Tensor
+    scale: Tensor
+    basis: Tensor
+    gain: Tensor
+
+    def points(self, states: Tensor) -> Tensor:
+        z = (states - self.center) * self.scale
+        z = z + ((z @ self.basis) * self.gain) @ self.basis.T
+        return torch.nn.functional.normalize(z, dim=-1)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 hex of ``to_bytes()``: a gate names the space that it was fitted in."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        tensors = {n: getattr(self, n).contiguous() for n in ("center", "scale", "basis", "gain")}
+        return save(tensors, metadata={"fingerprint": self.fingerprint})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, fingerprint: str) -> GateSpace:
+        """Raises InvalidGate for bytes that are not a space, FingerprintMismatch for one of another model."""
+        f32 = torch.float32
+        tensors = _load(data, {"center": (1, f32), "scale": (1, f32), "basis": (2, f32), "gain": (1, f32)})
+        width, rank = tensors["basis"].shape
+        if len(tensors["center"]) != width or len(tensors["scale"]) != width or len(tensors["gain"]) != rank:
+            raise InvalidGate("the shapes of a gate space do not agree")
+        if header_fingerprint(data) != fingerprint:
+            raise FingerprintMismatch(f"the gate space is of another model than {fingerprint[:12]}")
+        space = cls(fingerprint, **tensors)
+        # Of the bytes as they were stored: gates name the space by it, whatever a later library would write.
+        space.__dict__["digest"] = hashlib.sha256(data).hexdigest()
+        return space
+
+
+def fit_space(states: Tensor, layers: int, *, fingerprint: str) -> GateSpace:
+    """Whiten on states (N, D) of retain rows; ``layers`` says how many blocks of equal width D holds.
+
+    Raises DatasetError for fewer than two rows.
+    """
+    if len(states) < 2:
+        raise DatasetError("a gate space needs at least two retain rows")
+    center = states.mean(0)
+    z = states - center
+    sizes = z.unflatten(1, (layers, -1)).norm(dim=-1).mean(0).clamp_min(1e-12)  # (L,)
+    scale = sizes.reciprocal().repeat_interleave(z.shape[1] // layers)
+    z = z * scale
+    variance = z.pow(2).sum() / len(z)  # the trace of the covariance
+    ridge = RIDGE * variance / z.shape[1] + 1e-12
+    rank = min(MAX_RANK, *z.shape)
+    if z.shape[0] < z.shape[1]:  # the smaller of the two Gram matrices
+        values, vectors = torch.linalg.eigh(z @ z.T / len(z))
+        values, vectors = values[-rank:].clamp_min(0), vectors[:, -rank:]
+        basis = torch.nn.functional.normalize(z.T @ vectors, dim=0)
+    else:
+        values, basis = torch.linalg.eigh(z.T @ z / len(z))
+        values, basis = values[-rank:].clamp_min(0), basis[:, -rank:]
+    others = z.shape[1] - rank
+    rest = (variance - values.sum()).clamp_min(0) / others if others else variance.new_zeros(())
+    gain = ((rest + ridge) / (values + ridge)).sqrt() - 1
+    return GateSpace(fingerprint, center, scale, basis.contiguous(), gain)
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # no repr: a gate is personal data
+class Gate:
+    """Claims a query whose point has a cosine above ``threshold`` with one of ``directions`` (c, D).
+
+    A cosine above ``certain`` needs no prompt to decide; NEVER leaves every decision to the prompt.
+    ``digests`` (n, 32) uint8: keyed digests of the normalised forget texts, for the guard. ``space``: digest of the
+    GateSpace it was fitted in.
+    """
+
+    directions: Tensor
+    threshold: float
+    certain: float
+    digests: Tensor
+    space: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 hex of ``to_bytes()``."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        return save(
+            {
+                "directions": self.directions.contiguous(),
+                "thresholds": torch.tensor([self.threshold, self.certain], dtype=torch.float64),
+                "digests": self.digests.contiguous(),
+                "space": torch.frombuffer(bytearray(bytes.fromhex(self.space)), dtype=torch.uint8),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Gate:
+        """Raises InvalidGate."""
+        tensors = _load(
+            data,
+            {
+                "directions": (2, torch.float32),
+                "thresholds": (1, torch.float64),
+                "digests": (2, torch.uint8),
+                "space": (1, torch.uint8),
+            },
+        )
+        sizes = len(tensors["thresholds"]), tensors["digests"].shape[1], len(tensors["space"])
+        if sizes != (2, 32, 32) or not len(tensors["directions"]):
+            raise InvalidGate("the shapes of a gate do not agree")
+        threshold, certain = tensors["thresholds"].tolist()
+        return cls(
+            tensors["directions"], threshold, certain, tensors["digests"], bytes(tensors["space"].tolist()).hex()
+        )
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """A gate and what is known of it. Rates are fractions of rows.
+
+    ``false_claim_rate``: of the calibration rows. ``own_recall``: of the forget texts, by score alone.
+    ``unseen_recall``: estimated by leaving each forget text out in turn; None for a single text.
+    """
+
+    gate: Gate
+    false_claim_rate: float
+    own_recall: float
+    unseen_recall: float | None
+    claimed: Tensor  # (N,) bool: which calibration rows
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the calibration rows (N) allow: how many may be claimed, and how many of those no other gate claims."""
+
+    allowed: int
+    room: int
+    unclaimed: Tensor  # (N,) bool
+
+    def threshold(self, scores: Tensor) -> float:
+        """The least that keeps to both."""
+        return max(_threshold(scores, self.allowed), _threshold(scores[self.unclaimed], self.room))
+
+
+def fit_gate(
+    forget: Tensor,
+    calibration: Tensor,
+    space: GateSpace,
+    *,
+    digests: Sequence[bytes],
+    max_false_claims: float,
+    max_certain_claims: float | None = None,
+    claimed: Tensor | None = None,
+    max_total_claims: float = 1.0,
+) -> GateFit:
+    """Fit on states of the forget texts (n, D), calibrate on states of retain rows (N, D) that the space has not seen.
+
+    At most ``max_false_claims`` of the calibration rows are claimed; and with those that are ``claimed`` (N,) by other
+    gates already, at most ``max_total_claims``: the threshold rises as far as that takes. ``max_certain_claims``: the
+    share that the gate may decide without its prompt; None leaves all to the prompt. Texts on one subject share a
+    direction; where one does not reach them all, there are twice as many, and so on. Raises DatasetError.
+    """
+    if not len(forget) or not len(calibration):
+        raise DatasetError("a gate needs forget texts and calibration rows")
+    own, others = space.points(forget), space.points(calibration)
+    count = len(calibration)
+    unclaimed = torch.ones(count, dtype=torch.bool) if claimed is None else ~claimed
+    room = math.floor(max_total_claims * count) - int((~unclaimed).sum())
+    limits = _Limits(math.floor(max_false_claims * count), max(0, room), unclaimed)
+    clusters = 1
+    while True:
+        belongs = _cluster(own, clusters)
+        directions = _directions(own, belongs)
+        scores = best_cosines(others, directions)
+        threshold = limits.threshold(scores)
+        recall = int((best_cosines(own, directions) > threshold).sum()) / len(own)
+        if recall >= OWN_RECALL or len(directions) < clusters or clusters >= min(len(own), MAX_DIRECTIONS):
+            break
+        clusters = min(2 * clusters, len(own), MAX_DIRECTIONS)
+    certain = NEVER
+    if max_certain_claims is not None:
+        certain = max(threshold, _threshold(scores, math.floor(max_certain_claims * count)))
+    gate = Gate(
+        directions=directions,
+        threshold=threshold,
+        certain=certain,
+        digests=torch.tensor([list(d) for d in digests], dtype=torch.uint8).reshape(-1, 32),
+        space=space.digest,
+    )
+    hits = scores > threshold
+    return GateFit(
+        gate,
+        false_claim_rate=int(hits.sum()) / count,
+        own_recall=recall,
+        unseen_recall=_left_out_recall(own, belongs, directions, others, limits),
+        claimed=hits,
+    )
+
+
+def mean_direction(points: Tensor) -> Tensor:
+    """The direction (D,) of points (n, D)."""
+    return torch.nn.functional.normalize(points.mean(0), dim=0)
+
+
+def _directions(points: Tensor, belongs: Tensor) -> Tensor:
+    """The mean direction (c, D) of each cluster that has points."""
+    return torch.stack([mean_direction(points[belongs == c]) for c in belongs.unique().tolist()])
+
+
+def _cluster(points: Tensor, count: int) -> Tensor:
+    """Spherical k-means: the cluster (n,) of each point. It starts from points far apart, so it needs no chance."""
+    if count == 1:
+        return torch.zeros(len(points), dtype=torch.long)
+    centers = [int((points @ mean_direction(points)).argmax())]
+    nearest = points @ points[centers[0]]
+    for _ in range(count - 1):
+        centers.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, points @ points[centers[-1]])
+    belongs = (points @ points[centers].T).argmax(1)
+    for _ in range(_ROUNDS):
+        moved = (points @ _directions(points, belongs).T).argmax(1)
+        if torch.equal(moved, belongs):
+            break
+        belongs = moved
+    return belongs
+
+
+def best_cosines(points: Tensor, directions: Tensor) -> Tensor:
+    """Score (N,) of points (N, D): the cosine with the nearest of directions (c, D)."""
+    return cosines(points, directions).max(1).values
+
+
+def cosines(points: Tensor, directions: Tensor) -> Tensor:
+    """Scores (N, k) float32 of points (N, D) with directions (k, D), which are best in float64 already.
+
+    Summed in float64: in float32 the last bits of a score depend on how many directions there are, and a threshold is
+    the score of a real text, which must not be claimed or let go because another gate came or went.
+    """
+    return (points.double() @ directions.double().T).float()
+
+
+def _threshold(scores: Tensor, allowed: int) -> float:
+    """The least threshold that at most ``allowed`` of the scores pass (are greater)."""
+    if allowed >= len(scores):
+        return -1.0  # the least cosine; -1 itself is not claimed
+    return float(scores.topk(allowed + 1).values[-1])
+
+
+def _left_out_recall(own: Tensor, belongs: Tensor, directions: Tensor, others: Tensor, limits: _Limits) -> float | None:
+    """Of the first _HELD_OUT forget points (n, D), how many a gate would claim that was fitted without the point."""
+    if len(own) < 2:
+        return None
+    names = belongs.unique().tolist()
+    scores = cosines(others, directions)
+    hits = 0
+    for i in range(min(len(own), _HELD_OUT)):
+        place = names.index(int(belongs[i]))
+        mates = own[(belongs == belongs[i]) & (torch.arange(len(own)) != i)]
+        kept = [c for c in range(len(names)) if c != place]
+        rest, seen = scores[:, kept], directions[kept]
+        if len(mates):
+            without = mean_direction(mates).unsqueeze(0)
+            rest, seen = torch.cat([rest, cosines(others, without)], 1), torch.cat([seen, without])
+        hits += float(best_cosines(own[i : i + 1], seen)) > limits.threshold(rest.max(1).values)
+    return hits / min(len(own), _HELD_OUT)
+
+
+def _load(data: bytes, kinds: dict[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:
+    """Exactly these tensors, of these numbers of dimensions and types, and finite. Raises InvalidGate."""
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError) as error:
+        raise InvalidGate(f"not a safetensors file ({type(error).__name__})") from None
+    if {name: (t.ndim, t.dtype) for name, t in tensors.items()} != kinds:
+        raise InvalidGate("other tensors than those of a gate")
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        raise InvalidGate("non-finite numbers")
+    return tensors

@@ -1,0 +1,158 @@
+"""Checks of a whole active set of routes before a new one joins it: what would be served, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import DatasetError
+from models.evaluation import CheckLimits, retain_figures, stratified
+from models.examples import Example
+from models.gate import GateFit
+from models.inference import Classifier
+from models.routing import Routed, Routes, classify_routed
+
+
+@dataclass(frozen=True)
+class RoutedLimits:
+    """``checks`` as for a stack; of the calibration rows all gates together may claim ``max_total_claims``."""
+
+    checks: CheckLimits
+    max_total_claims: float
+    max_prompts: int
+
+
+@dataclass(frozen=True)
+class RoutedReport:
+    """``violations`` is empty exactly when ``passed``. Rates are fractions of rows, accuracies over labels + generic.
+
+    ``forget_abstain``: by gate and prompt, without the guard that knows the forget texts by their digests.
+    ``unseen_recall``: the gate's, estimated by leaving forget texts out; None for a single text.
+    ``false_claim_rate`` is this gate's, ``total_claim_rate`` the whole set's, on the rows that set the thresholds;
+    ``false_abstain_rate``: of those rows, the share that this request's prompt would answer ``unknown``.
+    ``lost_canaries``: earlier requests whose forget texts would no longer reach their prompt.
+    """
+
+    forget_abstain: float
+    forget_abstain_before: float
+    gate_recall: float
+    unseen_recall: float | None
+    false_claim_rate: float
+    false_abstain_rate: float
+    total_claim_rate: float
+    calibration_rows: int
+    retain_accuracy: float
+    retain_accuracy_before: float
+    per_class: dict[str, dict[str, float]]
+    retain_rows: int
+    lost_canaries: int
+    active_requests: int
+    passed: bool
+    violations: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_routes(
+    classifier: Classifier,
+    others: Routes,
+    routes: Routes,
+    fit: GateFit,
+    forget: Sequence[Example],
+    calibration: Sequence[Example],
+    states: Tensor,
+    *,
+    max_retain_rows: int,
+    seed: int,
+    limits: RoutedLimits,
+) -> RoutedReport:
+    """``routes`` is ``others`` and, last, the request in question, whose gate ``fit`` describes.
+
+    ``calibration``: retain rows with ``states`` (N, D) that neither the gate space nor the prompt was trained on. They
+    did set the thresholds, so claim rates keep to their limits here; fresh rows give a little more (decision 9).
+    Raises DatasetError when a side is empty, TextTooLong.
+    """
+    if not forget or not calibration:
+        raise DatasetError("checks need at least one forget row and one retain row")
+    last = len(routes) - 1
+
+    def answers(texts: Sequence[str]) -> list[Routed]:
+        return classify_routed(classifier, routes, texts, digest=None, max_prompts=limits.max_prompts)
+
+    own = answers([e.text for e in forget])
+    sample, weights = stratified(calibration, max_retain_rows, seed)
+    retained = answers([e.text for e in sample])
+    figures = retain_figures(sample, weights, [r.base for r in retained], [r.answer for r in retained])
+
+    margins = routes.margins(states)
+    claimed = (margins[:, last] > 0).nonzero().flatten().tolist()
+    alone = Routes(routes.routes[last:], routes.spaces, fingerprint=classifier.llm.fingerprint)
+    asked = classify_routed(
+        classifier, alone, [calibration[i].text for i in claimed], digest=None, max_prompts=limits.max_prompts
+    )
+    false_abstain = sum(found.answer.abstained for found in asked)
+    total = int((margins > 0).any(1).sum()) / len(calibration)
+    abstain = sum(r.answer.abstained for r in own) / len(own)
+    lost = lost_canaries(others, routes, limits.max_prompts)
+
+    checks, violations = limits.checks, []
+    if abstain < checks.min_forget_abstain:
+        violations.append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
+    violations += figures.violations(checks)
+    if total > limits.max_total_claims + 1e-9:
+        violations.append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
+    if lost:
+        violations.append(f"{lost} earlier requests would no longer be reached by their own texts")
+    return RoutedReport(
+        forget_abstain=abstain,
+        forget_abstain_before=sum(r.base.abstained for r in own) / len(own),
+        gate_recall=fit.own_recall,
+        unseen_recall=fit.unseen_recall,
+        false_claim_rate=len(claimed) / len(calibration),
+        false_abstain_rate=false_abstain / len(calibration),
+        total_claim_rate=total,
+        calibration_rows=len(calibration),
+        retain_accuracy=figures.after,
+        retain_accuracy_before=figures.before,
+        per_class=figures.per_class,
+        retain_rows=figures.rows,
+        lost_canaries=lost,
+        active_requests=len(routes),
+        passed=not violations,
+        violations=violations,
+    )
+
+
+def lost_canaries(before: Routes, after: Routes, max_prompts: int) -> int:
+    """How many routes of ``before`` reached their prompt then and would not now, or not with all they stand for.
+
+    The forget texts of earlier requests are destroyed; what stands for them is each gate's own directions, as if they
+    were queries. Under the cap on prompts per query a new gate can push an older one out. ``after`` is ``before`` and
+    more, at the end.
+    """
+    if not len(before):
+        return 0
+    owners, margins = after.margins_of_directions()
+    old = len(before)
+    rows = ((margins[:, old:] > 0).any(1) & (owners < old)).nonzero().flatten()  # nothing else can have changed
+    owners, margins = owners[rows], margins[rows]
+    then = before.claims(margins[:, :old], max_prompts)
+    now, certain = after.claims(margins, max_prompts), after.certain(margins)
+    lost = {
+        owner
+        for owner, a, b, sure in zip(owners.tolist(), then, now, certain, strict=True)
+        if owner in a and owner not in b and not sure
+    }
+    return len(lost)
+
+
+def claimed_rows(states: Tensor, routes: Routes) -> Tensor:
+    """Which rows (N,) any of the routes claims."""
+    if not len(routes):
+        return torch.zeros(len(states), dtype=torch.bool)
+    return (routes.margins(states) > 0).any(1)
