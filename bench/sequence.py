@@ -13,7 +13,6 @@ import argparse
 import gzip
 import json
 import random
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.tuned import Tuned, add_arguments, digest_of, tuned, write
+from bench.tuned import Missing, Tuned, add_arguments, digest_of, kept_prompt, slug, tuned, write
 from models.examples import Example
 from models.gate import GateSpace, fit_gate
 from models.gate_rows import GateRows
@@ -36,7 +35,7 @@ from models.soft_prompt import SoftPrompt
 from models.surroundings import ROUTED_TRAINING, Surroundings, look_around
 from models.template import ABSTAIN
 from models.text_states import text_states
-from models.training import TrainingConfig, train_soft_prompt
+from models.training import TrainingConfig, TrainingResult, train_soft_prompt
 
 KS = (1, 2, 4, 8, 16, 32)
 MIN_TRAIN, MIN_UNSEEN = 8, 5
@@ -94,22 +93,18 @@ class Bench:
     def routed_prompt(self, person: Person) -> tuple[SoftPrompt, dict[str, Any]]:
         folder = self.work / f"routed-{digest_of(asdict(ROUTED_TRAINING))}"
 
-        def train() -> tuple[SoftPrompt, dict[str, Any]]:
-            started = time.monotonic()
-            around = self.around(person)
-            ready = time.monotonic() - started
-            result = train_soft_prompt(self.llm, person.forget, around.near, ROUTED_TRAINING)
-            return result.prompt, {"steps": result.steps, "seconds": result.seconds, "prepare_seconds": ready}
+        def train() -> TrainingResult:
+            return train_soft_prompt(self.llm, person.forget, self.around(person).near, ROUTED_TRAINING)
 
-        return self._kept(folder / slug(person.name), train)
+        return kept_prompt(folder / slug(person.name), self.llm, train, may_train=not self.args.json)
 
     def stacked_prompt(self, person: Person, stack: Sequence[SoftPrompt]) -> tuple[SoftPrompt, dict[str, Any]]:
         """Trained behind the earlier ones, on the whole retain set: mode ``concatenate``."""
         config = TrainingConfig()
         folder = self.work / f"stacked-{digest_of(asdict(config), [p.digest for p in stack])}"
 
-        def train() -> tuple[SoftPrompt, dict[str, Any]]:
-            result = train_soft_prompt(
+        def train() -> TrainingResult:
+            return train_soft_prompt(
                 self.llm,
                 person.forget,
                 self.model.retain,
@@ -119,27 +114,8 @@ class Bench:
                 on_checkpoint=lambda _step, data: write(folder / "checkpoint", data),
                 resume=(folder / "checkpoint").read_bytes() if (folder / "checkpoint").exists() else None,
             )
-            return result.prompt, {"steps": result.steps, "seconds": result.seconds}
 
-        return self._kept(folder / slug(person.name), train)
-
-    def _kept(self, path: Path, train: Any) -> tuple[SoftPrompt, dict[str, Any]]:
-        data, facts = path.with_suffix(".safetensors"), path.with_suffix(".json")
-        if not facts.exists():
-            if self.args.json:
-                raise Missing(str(path))
-            prompt, found = train()
-            write(data, prompt.to_bytes())
-            write(facts, json.dumps(found).encode())
-        return SoftPrompt.from_bytes(data.read_bytes(), fingerprint=self.llm.fingerprint), json.loads(facts.read_text())
-
-
-class Missing(Exception):
-    """Not trained yet, and ``--json`` trains nothing."""
-
-
-def slug(name: str) -> str:
-    return name.replace(" ", "-")
+        return kept_prompt(folder / slug(person.name), self.llm, train, may_train=not self.args.json)
 
 
 class Answers:

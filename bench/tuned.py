@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rich.progress import Progress as Bar
 from models.examples import Example, digest_examples, read_examples
 from models.finetune import FinetuneConfig, FinetuneProgress, finetune
 from models.llm import FrozenLLM
+from models.soft_prompt import SoftPrompt
+from models.training import TrainingResult
 
 LABELS = ("negative", "positive")
 SETS = ("train_retain", "train_forget", "test_retain", "test_forget")
@@ -70,6 +73,29 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
             finetune(rows, replace(tuning, output=str(adapter)), tick)
     llm = FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
     return Tuned(llm, sets, retain, work)
+
+
+class Missing(Exception):
+    """Not trained yet, and ``--json`` trains nothing."""
+
+
+def kept_prompt(
+    path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult], *, may_train: bool
+) -> tuple[SoftPrompt, dict[str, Any]]:
+    """A prompt and facts on its training: from ``path`` where an earlier run left them. Raises Missing."""
+    data, facts = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    if not facts.exists():
+        if not may_train:
+            raise Missing(str(path))
+        result = train()
+        write(data, result.prompt.to_bytes())
+        found = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped": result.stopped}
+        write(facts, json.dumps(found).encode())
+    return SoftPrompt.from_bytes(data.read_bytes(), fingerprint=llm.fingerprint), json.loads(facts.read_text())
+
+
+def slug(name: str) -> str:
+    return name.lower().replace(" ", "-").replace("&", "and")
 
 
 def digest_of(*parts: Any) -> str:

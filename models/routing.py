@@ -64,7 +64,7 @@ class _Block:
         if len(self.indices) == len(self.owners):
             return found
         best = torch.full((len(points), len(self.indices)), -torch.inf, dtype=torch.float64)
-        return best.index_reduce_(1, self.owners, found, "amax")
+        return best.scatter_reduce_(1, self.owners.expand_as(found), found, "amax")
 
 
 class Routes:

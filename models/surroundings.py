@@ -18,7 +18,9 @@ from models.llm import FrozenLLM
 from models.text_states import text_states
 from models.training import TrainingConfig
 
-ROUTED_TRAINING = TrainingConfig(alpha=0.3, forget_batch=4, retain_batch=4, min_steps=60, check_every=30, check_rows=32)
+ROUTED_TRAINING = TrainingConfig(
+    alpha=0.3, forget_batch=4, retain_batch=4, min_steps=60, check_every=30, check_rows=32, max_doublings=2
+)
 """Defaults of mode ``routed``; the reasons are in docs/decisions/0009."""
 NEAR_ROWS = 256
 

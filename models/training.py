@@ -56,6 +56,9 @@ class TrainingConfig:
     check_rows: int = 96
     target_abstain: float = 0.98
     target_retain_drop: float = 0.0
+    # A schedule that ends below `least_abstain` is doubled and goes on, at most so often (never past `max_steps`).
+    least_abstain: float = 0.95
+    max_doublings: int = 0
     # "auto" may take gradients from a bfloat16 copy (models.training_copy); "exact" uses the serving model itself.
     precision: Literal["auto", "exact"] = "auto"
 
@@ -152,10 +155,17 @@ def train_soft_prompt(
         "data": digest_examples([*forget, *retain]),
         "stack": [p.digest for p in stack],
     }
-    start = int(checkpoint.unpack(resume, parameters, optimizer, expect=run)["step"]) if resume else 0
+    start, doublings = 0, 0
+    if resume:
+        state = checkpoint.unpack(resume, parameters, optimizer, expect=run)
+        start, doublings = int(state["step"]), int(state["doublings"])
 
     check = _Check(served, behind, batches, retain, config)
-    total = planned_steps(config, len(forget))
+    total = planned_steps(config, len(forget)) * 2**doublings
+
+    def pack() -> bytes:
+        return checkpoint.pack(parameters, optimizer, {**run, "step": step, "doublings": doublings})
+
     running, step, saved_at = _Running(), start, time.monotonic()
     stopped: Stopped = "max_steps"
     while step < total:
@@ -196,10 +206,13 @@ def train_soft_prompt(
             hardness[retain_rows] = disturbed.cpu()
         running.update([float(t.detach()) for t in (loss, *terms)], step - start)
         converged = False
-        if step % config.check_every == 0:
+        may_double = step == total and doublings < config.max_doublings and config.max_steps is None
+        if step % config.check_every == 0 or may_double:
             running.abstain, running.retain = check(mean)
             floor = check.retain_accuracy_before - config.target_retain_drop
             converged = running.abstain >= config.target_abstain and running.retain >= floor
+            if may_double and running.abstain < config.least_abstain:  # half the rate again, and to zero from there
+                total, doublings = 2 * total, doublings + 1
         if on_progress is not None:
             elapsed = time.monotonic() - started
             on_progress(running.progress(step, total, elapsed))
@@ -208,10 +221,10 @@ def train_soft_prompt(
             break
         if on_checkpoint is not None and time.monotonic() - saved_at >= checkpoint_seconds:
             teacher.save()
-            on_checkpoint(step, checkpoint.pack(parameters, optimizer, {**run, "step": step}))
+            on_checkpoint(step, pack())
             saved_at = time.monotonic()
     if stopped == "cancelled" and on_checkpoint is not None and step > start:
-        on_checkpoint(step, checkpoint.pack(parameters, optimizer, {**run, "step": step}))
+        on_checkpoint(step, pack())
     teacher.save()
     prompt = SoftPrompt(mean.detach().float().cpu().clone(), llm.fingerprint)
     return TrainingResult(prompt, step, stopped, time.monotonic() - started, start)

@@ -121,7 +121,11 @@ def test_nearest_are_the_space_rows_with_the_largest_cosines(llm: FrozenLLM) -> 
 def test_a_source_names_everything_that_makes_a_space(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     source = space_source(llm, RETAIN, 16)
     assert source == space_source(llm, list(RETAIN), 16)
-    others = {space_source(llm, RETAIN, 18), space_source(llm, RETAIN[1:], 16)}
+    whitened = GateRows(llm, RETAIN, 16).space_rows
+    without = [row for i, row in enumerate(RETAIN) if i != whitened[0]]
+    calibrating = [row for i, row in enumerate(RETAIN) if i != GateRows(llm, RETAIN, 16).calibration_rows[0]]
+    assert source == space_source(llm, calibrating, 16), "a row that only calibrates has no part in the space"
+    others = {space_source(llm, RETAIN, 8), space_source(llm, without, 16)}
     monkeypatch.setattr(gate, "RIDGE", 0.5)
     others.add(space_source(llm, RETAIN, 16))
     assert len(others | {source}) == 4

@@ -214,7 +214,7 @@ def test_a_damaged_teacher_file_is_made_anew(llm: FrozenLLM, tmp_path: Path) -> 
     assert file.stat().st_mode & 0o077 == 0
     file.write_bytes(file.read_bytes()[:100])
     again = Teacher(llm, RETAIN, tmp_path)
-    assert not again._known.any()
+    assert not again._cache._known.any()
     torch.testing.assert_close(again.hidden([1]), wanted)
 
 
@@ -233,7 +233,7 @@ def test_teacher_is_the_unprompted_model_kept_on_disk(llm: FrozenLLM, tmp_path: 
     torch.testing.assert_close(teacher.hidden([3, 0, 3]), wanted, rtol=1e-4, atol=1e-5)
     teacher.save()
     again = Teacher(llm, RETAIN, tmp_path)
-    assert again._known.sum() == 2
+    assert again._cache._known.sum() == 2
     assert torch.equal(again.hidden([0, 3]), teacher.hidden([0, 3]))
 
 
@@ -250,7 +250,7 @@ def test_an_empty_teacher_file_or_no_folder_for_it_costs_only_time(llm: FrozenLL
 
 
 def test_equal_rows_share_a_state_and_other_models_files_go(llm: FrozenLLM, tmp_path: Path) -> None:
-    (tmp_path / "another-model.npz").write_bytes(b"x")
+    (tmp_path / "teacher-of-another-model.npz").write_bytes(b"x")
     twice = [RETAIN[0], RETAIN[1], RETAIN[0]]
     teacher = Teacher(llm, twice, tmp_path)
     assert torch.equal(*teacher.hidden([0, 2]))
@@ -259,7 +259,7 @@ def test_equal_rows_share_a_state_and_other_models_files_go(llm: FrozenLLM, tmp_
     with np.load(file) as stored:
         assert len(stored["keys"]) == 1
     again = Teacher(llm, twice, tmp_path)
-    assert not again._dirty, "nothing has left the retain set"
+    assert not again._cache._dirty, "nothing has left the retain set"
 
 
 def test_a_kl_below_zero_by_rounding_does_not_stop_a_run(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,13 +279,13 @@ def test_a_row_that_left_the_retain_set_leaves_the_teachers_file(llm: FrozenLLM,
     wanted = teacher.hidden([0, 3])
     teacher.save()
     less = Teacher(llm, RETAIN[1:], tmp_path)
-    assert less._known.nonzero()[0].tolist() == [2], "row 3 has moved up by one; row 0 has left"
+    assert less._cache._known.nonzero()[0].tolist() == [2], "row 3 has moved up by one; row 0 has left"
     assert torch.equal(less.hidden([2])[0], wanted[1])
     less.save()
     (file,) = tmp_path.glob("*.npz")
     with np.load(file) as stored:
-        assert len(stored["keys"]) == len(stored["hidden"]) == 1
-    assert Teacher(llm, RETAIN, tmp_path)._known.nonzero()[0].tolist() == [3]
+        assert len(stored["keys"]) == len(stored["vectors"]) == 1
+    assert Teacher(llm, RETAIN, tmp_path)._cache._known.nonzero()[0].tolist() == [3]
 
 
 def test_unlabelled_retain_rows_use_the_models_own_answer(llm: FrozenLLM) -> None:
