@@ -3,8 +3,8 @@
 For requests of 1, 4, 16 and 64 texts, on people (SST-2) and on topics (Yelp reviews by category): how many unseen texts
 on the same subject are answered ``unknown``, against how many held-out texts on anything else, as the share of retain
 rows that a gate may claim goes from 0.05 to 10 %. "Both" is what mode ``routed`` does from ``prompt_decides_from`` on:
-the gate proposes and the prompt decides. No digest guard anywhere. Trained prompts are kept under ``var/``;
-``--json`` trains nothing more.
+the gate proposes and the prompt decides. No digest guard anywhere. Trained prompts are kept under ``var/``; ``--json``
+prints the recorded result and computes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.tuned import Missing, Tuned, add_arguments, digest_of, kept_prompt, slug, tuned
+from bench.tuned import (
+    Tuned,
+    add_arguments,
+    add_result_arguments,
+    digest_of,
+    kept_prompt,
+    print_recorded,
+    record,
+    slug,
+    tuned,
+)
 from models.examples import Example
 from models.gate import GateSpace, best_cosines, fit_gate
 from models.gate_rows import GateRows
@@ -101,22 +111,20 @@ class Measured:
     def _states(self, rows: Sequence[Example]) -> Tensor:
         return text_states(self.llm, [r.text for r in rows])
 
-    def prompt(self, size: int, *, may_train: bool) -> tuple[SoftPrompt, dict[str, Any]]:
+    def prompt(self, size: int) -> tuple[SoftPrompt, dict[str, Any]]:
         forget = self.subject.texts[:size]
         gate = self._gate(size, RATES[0])
         near = [self.subject.others[i] for i in self.rows.nearest(self.space, gate.directions, NEAR_ROWS)]
         path = self.work / digest_of(asdict(ROUTED_TRAINING)) / f"{slug(self.subject.name)}-{size}"
-        return kept_prompt(
-            path, self.llm, lambda: train_soft_prompt(self.llm, forget, near, ROUTED_TRAINING), may_train=may_train
-        )
+        return kept_prompt(path, self.llm, lambda: train_soft_prompt(self.llm, forget, near, ROUTED_TRAINING))
 
     def _gate(self, size: int, rate: float) -> Any:
         states = self._states(self.subject.texts[:size])
         return fit_gate(states, self.calibration, self.space, digests=[], max_false_claims=rate).gate
 
-    def figures(self, size: int, *, may_train: bool) -> list[dict[str, Any]]:
-        """A row for each rate and one for the prompt alone (``rate`` None). Raises Missing."""
-        prompt, facts = self.prompt(size, may_train=may_train)
+    def figures(self, size: int) -> list[dict[str, Any]]:
+        """A row for each rate and one for the prompt alone (``rate`` None)."""
+        prompt, facts = self.prompt(size)
         texts = [r.text for r in self.subject.texts]
         own_answers = self._abstains(texts, prompt)
         loosest = self._gate(size, RATES[-1])
@@ -180,12 +188,12 @@ def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument(
-        "--topics", type=Path, help=".jsonl.gz with text, label, category; without it, people only"
-    )
-    parser.add_argument("--json", action="store_true", help="from what is there: train nothing more")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--topics", type=Path, help=".jsonl.gz with text, label, category; without it, people only")
+    add_result_arguments(parser, Path("docs/bench/frontier.json"))
     args = parser.parse_args()
+    if args.json:
+        print_recorded(args)
+        return
     console = Console(stderr=True)
     model = tuned(args, console)
     work = model.work / f"frontier-{args.seed}-{args.quantization}"
@@ -194,18 +202,11 @@ def main() -> None:
     for subject in subjects:
         measured = Measured(model, subject, work)
         for size in [s for s in SIZES if len(subject.texts) - s >= MIN_UNSEEN]:
-            try:
-                rows += measured.figures(size, may_train=not args.json)
-            except Missing:
-                console.print(f"{subject.name}, {size} texts: not trained yet")
-                continue
+            rows += measured.figures(size)
             console.print(f"{subject.name}, {size} texts: {rows[-1]['steps']} steps in {rows[-1]['seconds']} s")
     means = averages(rows)
     print_table(means, console)
-    line = json.dumps({"bench": "frontier", "averages": means, "rows": rows})
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    record(args, {"bench": "frontier", "averages": means, "rows": rows})
 
 
 def print_table(means: Sequence[dict[str, Any]], console: Console) -> None:

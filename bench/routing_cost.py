@@ -1,7 +1,8 @@
 """What 1,000 active requests cost: ``python -m bench.routing_cost``. Demo model and demo reviews; gates are synthetic.
 
-A gate is a direction, so a random one costs what a real one does. Bare model, 1 and ``--requests`` active requests are
-measured in turns, in one process; figures are ratios of medians. Ends with one JSON line. Wants an idle machine.
+A gate is a few directions, so random ones cost what real ones do. Bare model, 1 and ``--requests`` active requests are
+measured in turns, in one process; figures are ratios within a round. Ends with one JSON line. Wants an idle machine.
+``bench.activation`` measures what it takes to activate one more.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,31 +22,27 @@ from app.defaults import load_arguments
 from app.pull import reviews_dir
 from app.settings import get_settings
 from app.vault import Vault
-from models.evaluation import CheckLimits
-from models.examples import Example, read_examples
-from models.gate import NEVER, Gate, GateSpace, fit_gate
+from models.examples import read_examples
+from models.gate import NEVER, Gate, GateSpace, best_cosines
 from models.gate_rows import GateRows
 from models.inference import Classifier
 from models.llm import FrozenLLM
-from models.routed_checks import RoutedLimits, check_routes, claimed_rows
 from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
-from models.surroundings import ROUTED_TRAINING, look_around
-from models.training import train_soft_prompt
 
 GATE_ROWS = 4096
 
 
-def synthetic(llm: FrozenLLM, space: GateSpace, states: torch.Tensor, count: int) -> list[Route]:
+def synthetic(llm: FrozenLLM, space: GateSpace, states: torch.Tensor, count: int, directions: int) -> list[Route]:
     """Random prompts, and random gates that claim none of ``states`` (N, D)."""
     draw = torch.Generator().manual_seed(7)
-    directions = torch.nn.functional.normalize(torch.randn(count, states.shape[1], generator=draw), dim=-1)
-    least = (space.points(states) @ directions.T).max(0).values
+    points = space.points(states)
     routes = []
-    for direction, threshold in zip(directions, least.tolist(), strict=True):
+    for _ in range(count):
+        own = torch.nn.functional.normalize(torch.randn(directions, states.shape[1], generator=draw), dim=-1)
         embeddings = 0.05 * torch.randn(30, llm.hidden_size, generator=draw)
         digests = torch.randint(256, (16, 32), generator=draw, dtype=torch.uint8)
-        gate = Gate(direction.unsqueeze(0).clone(), threshold, NEVER, digests, space.digest)
+        gate = Gate(own, float(best_cosines(points, own).max()), NEVER, digests, space.digest)
         routes.append(Route(SoftPrompt(embeddings, llm.fingerprint), gate))
     return routes
 
@@ -78,6 +73,7 @@ def resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--directions", type=int, default=4, help="of each gate")
     parser.add_argument("--rounds", type=int, default=8, help="of one batch of 64 texts")
     parser.add_argument("--singles", type=int, default=150, help="single-text calls, for the latency")
     args = parser.parse_args()
@@ -86,23 +82,49 @@ def main() -> None:
     llm = FrozenLLM.load(**load_arguments(settings))
     folder = reviews_dir(settings.home)
     retain = read_examples(str(folder / "train.jsonl"), labels=settings.labels)
-    queries = [e.text for e in read_examples(str(folder / "held_out.jsonl"), labels=settings.labels)]
+    queries = read_examples(str(folder / "held_out.jsonl"), labels=settings.labels)
     rows = GateRows(llm, retain, GATE_ROWS, settings.home / "bench-gate")
-    space = rows.fit_space()
+    result = {
+        "bench": "routing_cost",
+        **measure(
+            llm,
+            rows.fit_space(),
+            [e.text for e in queries],
+            requests=args.requests,
+            directions=args.directions,
+            rounds=args.rounds,
+            singles=args.singles,
+        ),
+    }
+    console.print(result)
+    print(json.dumps(result))
+
+
+def measure(
+    llm: FrozenLLM,
+    space: GateSpace,
+    queries: list[str],
+    *,
+    requests: int = 1000,
+    directions: int = 4,
+    rounds: int = 8,
+    singles: int = 150,
+) -> dict[str, Any]:
+    """Throughput of batches of 64, latency of single texts, memory; with and without ``requests`` in force."""
     vault = Vault(bytes(range(32)))
     classifier = Classifier(llm)
     _, query_states = classifier.base_pass(queries[:512])
     before = resident()
-    routes = synthetic(llm, space, query_states, args.requests)
+    routes = synthetic(llm, space, query_states, requests, directions)
     many = Routes(routes, {space.digest: space}, fingerprint=llm.fingerprint)
-    held = (resident() - before) / args.requests
+    held = (resident() - before) / requests
     one = Routes(routes[:1], {space.digest: space}, fingerprint=llm.fingerprint)
-    console.print(f"{args.requests} requests built, {held / 2**20:.3f} MiB each")
 
     def run(active: Routes, texts: list[str]) -> object:
         return classify_routed(classifier, active, texts, digest=vault.gate_digest, max_prompts=4)
 
-    sets = {"k=1": one, f"k={args.requests}": many}
+    last = f"k={requests}"
+    sets = {"k=1": one, last: many}
 
     def in_batches(active: Routes) -> Callable[[int], object]:
         return lambda n: run(active, batch(queries, n))
@@ -111,29 +133,29 @@ def main() -> None:
         return lambda n: run(active, [queries[n]])
 
     bare: Callable[[int], object] = lambda n: classifier.classify(batch(queries, n))  # noqa: E731
-    batches = interleaved({"bare": bare, **{name: in_batches(found) for name, found in sets.items()}}, args.rounds)
+    batches = interleaved({"bare": bare, **{name: in_batches(found) for name, found in sets.items()}}, rounds)
     alone: Callable[[int], object] = lambda n: classifier.classify([queries[n]])  # noqa: E731
-    singles = interleaved({"bare": alone, **{name: one_by_one(found) for name, found in sets.items()}}, args.singles)
-    last = f"k={args.requests}"
-    over_bare = {name: statistics.median(batches["bare"]) / statistics.median(batches[name]) for name in sets}
-    p99 = {name: quantile(found, 0.99) for name, found in singles.items()}
-    claimed = claimed_cost(classifier, space, queries, rounds=args.rounds)
-    activation = activation_cost(llm, classifier, rows, space, retain, many, console)
-    result: dict[str, Any] = {
-        "bench": "routing_cost",
-        "requests": args.requests,
+    calls = interleaved({"bare": alone, **{name: one_by_one(found) for name, found in sets.items()}}, singles)
+    over_bare = {name: statistics.median(paired(batches["bare"], batches[name])) for name in sets}
+    p99 = {name: quantile(found, 0.99) for name, found in calls.items()}
+    return {
+        "requests": requests,
+        "directions_per_request": directions,
         "k1_throughput_over_bare": round(over_bare["k=1"], 4),
-        f"k{args.requests}_throughput_over_bare": round(over_bare[last], 4),
-        "p50_ms": {name: round(1000 * statistics.median(found), 2) for name, found in singles.items()},
+        f"k{requests}_throughput_over_bare": round(over_bare[last], 4),
+        "texts_per_second_bare": round(64 / statistics.median(batches["bare"]), 2),
+        "p50_ms": {name: round(1000 * statistics.median(found), 2) for name, found in calls.items()},
         "p99_ms": {name: round(1000 * found, 2) for name, found in p99.items()},
-        f"k{args.requests}_p99_over_k1": round(p99[last] / p99["k=1"], 4),
+        f"k{requests}_p99_over_k1": round(p99[last] / p99["k=1"], 4),
         "memory_mib_per_request": round(held / 2**20, 4),
-        "computed_mib_per_request_7b": round(memory_7b() / 2**20, 3),
-        **claimed,
-        **activation,
+        "computed_mib_per_request_7b": round(memory_7b(directions) / 2**20, 3),
+        **claimed_cost(classifier, space, queries, rounds=rounds),
     }
-    console.print(result)
-    print(json.dumps(result))
+
+
+def paired(a: list[float], b: list[float]) -> list[float]:
+    """Ratios within a round: what slows the machine slows both."""
+    return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def batch(queries: list[str], number: int, size: int = 64) -> list[str]:
@@ -141,9 +163,9 @@ def batch(queries: list[str], number: int, size: int = 64) -> list[str]:
     return queries[start % 448 : start % 448 + size]
 
 
-def memory_7b() -> float:
-    """Bytes of one request at d = 4096, p = 30: prompt, a direction of four layers and its float64 copy, 64 digests."""
-    return 4 * (30 * 4096 + 4 * 4096) + 8 * 4 * 4096 + 64 * 32
+def memory_7b(directions: int) -> float:
+    """Bytes of one request at d = 4096, p = 30: prompt, directions of four layers, in float64 too, and 64 digests."""
+    return 4 * 30 * 4096 + directions * (4 + 8) * 4 * 4096 + 64 * 32
 
 
 def claimed_cost(classifier: Classifier, space: GateSpace, queries: list[str], *, rounds: int) -> dict[str, Any]:
@@ -179,58 +201,6 @@ def claimed_cost(classifier: Classifier, space: GateSpace, queries: list[str], *
         for name in ("apart", "shared"):
             found[f"claimed_{share}_of_64_{name}_over_bare"] = round(statistics.median(seconds[name]) / base, 3)
     return found
-
-
-def activation_cost(
-    llm: FrozenLLM,
-    classifier: Classifier,
-    rows: GateRows,
-    space: GateSpace,
-    retain: list[Example],
-    many: Routes,
-    console: Console,
-) -> dict[str, Any]:
-    """Seconds from texts to checked, of the first request and of one after ``many``: everything but the database."""
-    forget = [e for e in retain if "Spielberg" in e.text][:16]
-    kept = [e for e in retain if "Spielberg" not in e.text]
-    rows = GateRows(llm, kept, GATE_ROWS, Path(get_settings().home) / "bench-gate")
-    rows.states(rows.calibration_rows), rows.states(rows.space_rows)
-    limits = RoutedLimits(CheckLimits(0, 1, 1), 1.0, 4)
-    started = time.perf_counter()
-    around = look_around(llm, rows, space, forget, max_false_claims=0.002)
-    config = replace(ROUTED_TRAINING, target_abstain=2.0)  # no early stop: it would be luck
-    prompt = train_soft_prompt(llm, forget, around.near, config).prompt
-    training = time.perf_counter() - started
-
-    def check(others: Routes) -> None:
-        claimed = claimed_rows(around.calibration_states, others)
-        fit = fit_gate(
-            around.states, around.calibration_states, space, digests=[], max_false_claims=0.002, claimed=claimed
-        )
-        routes = others.plus(Route(prompt, fit.gate), space)
-        check_routes(
-            classifier,
-            others,
-            routes,
-            fit,
-            forget,
-            around.calibration,
-            around.calibration_states,
-            max_retain_rows=256,
-            seed=0,
-            limits=limits,
-        )
-
-    none = Routes([], {}, fingerprint=llm.fingerprint)
-    seconds = interleaved({"first": lambda n: check(none), "last": lambda n: check(many)}, 2)
-    first, last = (training + statistics.median(seconds[name]) for name in ("first", "last"))
-    console.print(f"activation: {first:.1f} s for the first, {last:.1f} s behind {len(many)}")
-    return {
-        "activation_seconds_first": round(first, 1),
-        "activation_seconds_last": round(last, 1),
-        "activation_last_over_first": round(last / first, 4),
-        "training_seconds": round(training, 1),
-    }
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Real requests (people in SST-2, in a seeded order) on a model that was fine-tuned on their texts. After k = 1, 2, 4, …
 of them: how well each is forgotten, on its own texts and on unseen texts that name the same person, and what it costs
 everybody else; in mode ``routed``, as gate-and-refuse (no prompt at all), with the same prompts concatenated, and in
-mode ``concatenate``. Every trained prompt and every finished row is kept under ``var/``, so a run that is cut short
-goes on where it was; ``--json`` prints what is there without training anything more.
+mode ``concatenate``. Then what it costs, up to 1,000 requests (``bench.routing_cost``; wants an idle machine). Every
+trained prompt is kept under ``var/``, so a run that is cut short goes on where it was. ``--json`` prints the recorded
+result and computes nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +25,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.tuned import Missing, Tuned, add_arguments, digest_of, kept_prompt, slug, tuned, write
+from bench.tuned import (
+    Tuned,
+    add_arguments,
+    add_result_arguments,
+    digest_of,
+    kept_prompt,
+    print_recorded,
+    record,
+    slug,
+    tuned,
+    write,
+)
 from models.examples import Example
 from models.gate import GateSpace, fit_gate
 from models.gate_rows import GateRows
 from models.inference import Classifier, answer_scores
 from models.routed_checks import claimed_rows
-from models.routing import Route, Routes
+from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
 from models.surroundings import ROUTED_TRAINING, Surroundings, look_around
 from models.template import ABSTAIN
@@ -43,6 +55,7 @@ GATE_ROWS = 4096
 # The service's defaults.
 FALSE_CLAIMS, CERTAIN_CLAIMS, TOTAL_CLAIMS, PROMPT_DECIDES_FROM, MAX_PROMPTS = 0.002, 0.001, 0.1, 16, 4
 BATCH = 32
+LATENCY_TEXTS = 200
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +109,7 @@ class Bench:
         def train() -> TrainingResult:
             return train_soft_prompt(self.llm, person.forget, self.around(person).near, ROUTED_TRAINING)
 
-        return kept_prompt(folder / slug(person.name), self.llm, train, may_train=not self.args.json)
+        return kept_prompt(folder / slug(person.name), self.llm, train)
 
     def stacked_prompt(self, person: Person, stack: Sequence[SoftPrompt]) -> tuple[SoftPrompt, dict[str, Any]]:
         """Trained behind the earlier ones, on the whole retain set: mode ``concatenate``."""
@@ -115,7 +128,7 @@ class Bench:
                 resume=(folder / "checkpoint").read_bytes() if (folder / "checkpoint").exists() else None,
             )
 
-        return kept_prompt(folder / slug(person.name), self.llm, train, may_train=not self.args.json)
+        return kept_prompt(folder / slug(person.name), self.llm, train)
 
 
 class Answers:
@@ -173,6 +186,12 @@ def routed(answers: Answers, routes: Routes, *, refuse: bool) -> dict[int, str]:
     return out
 
 
+def guard(answers: Answers, persons: Sequence[Person], changed: Mapping[int, str]) -> dict[int, str]:
+    """``changed``, and every row that is one of the persons' forget texts but for case, spacing and punctuation."""
+    known = {letters(row.text) for person in persons for row in person.forget}
+    return {**changed, **{i: ABSTAIN for i, row in enumerate(answers.rows) if letters(row.text) in known}}
+
+
 def figures(answers: Answers, persons: Sequence[Person], changed: Mapping[int, str]) -> dict[str, Any]:
     """Of the first k requests: rates of rows answered ``unknown``, and what is lost on everything else."""
 
@@ -206,10 +225,7 @@ def build(run: Bench, count: int, console: Console) -> tuple[Routes, Routes, lis
     refusing = routes
     states = run.rows.states(run.rows.calibration_rows)
     for index, person in enumerate(run.persons[:count]):
-        try:
-            prompt, found = run.routed_prompt(person)
-        except Missing:
-            break
+        prompt, found = run.routed_prompt(person)
         own = text_states(run.llm, [e.text for e in person.forget])
         fit, tight = (
             fit_gate(
@@ -233,6 +249,7 @@ def build(run: Bench, count: int, console: Console) -> tuple[Routes, Routes, lis
                 **found,
                 "unseen_recall_estimate": fit.unseen_recall,
                 "false_claim_rate": fit.false_claim_rate,
+                "directions": len(fit.gate.directions),
             }
         )
         console.print(f"{index + 1}/{count} routed, {found['steps']} steps in {found['seconds']:.0f} s")
@@ -240,13 +257,10 @@ def build(run: Bench, count: int, console: Console) -> tuple[Routes, Routes, lis
 
 
 def stack(run: Bench, count: int, console: Console) -> list[SoftPrompt]:
-    """As many of the first ``count`` requests in mode ``concatenate`` as are trained."""
+    """The first ``count`` requests in mode ``concatenate``."""
     prompts: list[SoftPrompt] = []
     for index, person in enumerate(run.persons[:count]):
-        try:
-            prompt, found = run.stacked_prompt(person, prompts)
-        except Missing:
-            break
+        prompt, found = run.stacked_prompt(person, prompts)
         prompts.append(prompt)
         console.print(f"{index + 1}/{count} stacked, {found['steps']} steps in {found['seconds']:.0f} s")
     return prompts
@@ -259,19 +273,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--stacked", type=int, default=4, help="requests to train in mode concatenate: slow")
     parser.add_argument("--stacked-rows", type=int, default=500, help="held-out retain rows to measure that mode with")
-    parser.add_argument("--json", action="store_true", help="from what is there: train nothing more")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--skip-cost", action="store_true", help="leave the cost out: it wants an idle machine")
+    add_result_arguments(parser, Path("docs/bench/sequence.json"))
     args = parser.parse_args()
+    if args.json:
+        print_recorded(args)
+        return
     console = Console(stderr=True)
     model = tuned(args, console)
     persons, others = people(args.data, model, args.seed)
     run = Bench(model, persons, others, args)
 
-    result = measure(run, console)
-    line = json.dumps({"bench": "sequence", **result})
-    if args.out:
-        args.out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    record(args, {"bench": "sequence", **measure(run, console)})
 
 
 def measure(run: Bench, console: Console) -> dict[str, Any]:
@@ -286,7 +299,9 @@ def measure(run: Bench, console: Console) -> dict[str, Any]:
     for k in [k for k in KS if k <= len(routes)]:
         for name, whole in (("routed", routes), ("gate-and-refuse", refusing)):
             first = Routes(whole.routes[:k], {run.space.digest: run.space}, fingerprint=run.llm.fingerprint)
-            curves[name][k] = figures(answers, persons[:k], routed(answers, first, refuse=whole is refusing))
+            found = routed(answers, first, refuse=whole is refusing)
+            curves[name][k] = figures(answers, persons[:k], found)
+            curves[f"{name}, guarded"][k] = figures(answers, persons[:k], guard(answers, persons[:k], found))
         console.print(f"k={k} routed {curves['routed'][k]}")
     few = Answers(run, {**groups, "held out": run.held_out[: args.stacked_rows], "others": run.others[:100]})
     for name, prompts in (("routed prompts concatenated", [r.prompt for r in routes.routes]), ("concatenate", stacked)):
@@ -300,18 +315,60 @@ def measure(run: Bench, console: Console) -> dict[str, Any]:
             curves[name][k] = figures(few, persons[:k], few.behind(prompts[:k], wanted))
             console.print(f"k={k} {name} {curves[name][k]}")
     print_table(curves, console)
+    costs = None if args.skip_cost else cost(run, routes)
     last = curves["routed"].get(32, {})
     return {
         "k32_worst_abstain": last.get("own_worst"),
         "k32_mean_unseen_abstain": last.get("unseen_mean"),
         "k32_worst_unseen_abstain": last.get("unseen_worst"),
         "k32_retain_drop": last.get("retain_drop"),
+        "k1000_throughput_over_bare": costs and costs["k1000_throughput_over_bare"],
         "curves": curves,
+        "cost": costs,
         "requests": facts,
         "held_out_rows": len(run.held_out),
         "other_people_rows": len(run.others),
         "calibration_rows": len(run.rows.calibration_rows),
     }
+
+
+def cost(run: Bench, routes: Routes) -> dict[str, Any]:
+    """Of single held-out texts, claimed or not, after each k; and ``bench.routing_cost`` with the same model."""
+    path = run.work / f"cost-{len(routes)}.json"
+    if not path.exists():
+        texts = [row.text for row in run.held_out]
+        sets = {
+            f"k={k}": Routes(routes.routes[:k], routes.spaces, fingerprint=run.llm.fingerprint)
+            for k in KS
+            if k <= len(routes)
+        }
+
+        def alone(active: Routes) -> Any:
+            return lambda n: classify_routed(
+                run.classifier, active, [texts[n]], digest=None, max_prompts=MAX_PROMPTS, batch_size=BATCH
+            )
+
+        ways = {"bare": lambda n: run.classifier.classify([texts[n]]), **{n: alone(s) for n, s in sets.items()}}
+        seconds = routing_cost.interleaved(ways, LATENCY_TEXTS)
+        found = {
+            "latency_ms": {
+                name: {q: round(1000 * routing_cost.quantile(values, p), 1) for q, p in (("p50", 0.5), ("p99", 0.99))}
+                for name, values in seconds.items()
+            },
+            "mib_in_memory": {name: round(size_of(active) / 2**20, 2) for name, active in sets.items()},
+            **routing_cost.measure(run.llm, run.space, texts),
+        }
+        write(path, json.dumps(found).encode())
+    found = json.loads(path.read_text())
+    return found
+
+
+def size_of(routes: Routes) -> int:
+    """Bytes of prompts and gates, the float64 copies of the directions included; the space they share is not."""
+    return sum(
+        route.prompt.embeddings.nbytes + 3 * route.gate.directions.nbytes + route.gate.digests.nbytes
+        for route in routes.routes
+    )
 
 
 def print_table(curves: dict[str, dict[int, dict[str, Any]]], console: Console) -> None:

@@ -43,7 +43,7 @@ class Tuned:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="folder with {train,test}_{forget,retain}.jsonl.gz")
+    parser.add_argument("--data", type=Path, help="folder with {train,test}_{forget,retain}.jsonl.gz")
     parser.add_argument("--base", default="var/models/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--work", type=Path, default=Path("var/sst2"))
     parser.add_argument("--template", default="instruction-first")
@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tuned(args: argparse.Namespace, console: Console) -> Tuned:
     """Fine-tune, or find what an earlier run left under ``--work``; then load it as it would serve."""
+    if args.data is None:
+        raise SystemExit("--data is missing: the folder with the four SST-2 files")
     sets = {name: read_examples(str(args.data / f"{name}.jsonl.gz"), labels=LABELS) for name in SETS}
     retain = random.Random(args.seed).sample(sets["train_retain"], min(args.retain_rows, len(sets["train_retain"])))
     rows = [*sets["train_forget"], *retain]
@@ -75,23 +77,35 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
     return Tuned(llm, sets, retain, work)
 
 
-class Missing(Exception):
-    """Not trained yet, and ``--json`` trains nothing."""
-
-
-def kept_prompt(
-    path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult], *, may_train: bool
-) -> tuple[SoftPrompt, dict[str, Any]]:
-    """A prompt and facts on its training: from ``path`` where an earlier run left them. Raises Missing."""
+def kept_prompt(path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult]) -> tuple[SoftPrompt, dict[str, Any]]:
+    """A prompt and facts on its training: from ``path`` where an earlier run left them."""
     data, facts = path.with_suffix(".safetensors"), path.with_suffix(".json")
     if not facts.exists():
-        if not may_train:
-            raise Missing(str(path))
         result = train()
         write(data, result.prompt.to_bytes())
         found = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped": result.stopped}
         write(facts, json.dumps(found).encode())
     return SoftPrompt.from_bytes(data.read_bytes(), fingerprint=llm.fingerprint), json.loads(facts.read_text())
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
+    parser.add_argument("--out", type=Path, default=out, help=f"where the result is recorded (default {out})")
+    parser.add_argument("--json", action="store_true", help="print the recorded result and compute nothing")
+
+
+def print_recorded(args: argparse.Namespace) -> None:
+    """For ``--json``. Raises SystemExit when nothing is recorded."""
+    if not args.out.exists():
+        raise SystemExit(f"{args.out}: nothing is recorded there; run without --json")
+    print(args.out.read_text(encoding="utf-8").strip())
+
+
+def record(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print one JSON line, and keep it."""
+    line = json.dumps(result)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(line + "\n", encoding="utf-8")
+    print(line)
 
 
 def slug(name: str) -> str:

@@ -1,0 +1,156 @@
+"""How long a request takes to activate, the first and the 1,001st: ``python -m bench.activation``.
+
+The worker's own job, from claim to active, on the embedded database: once with nothing in force and once behind
+``--requests`` synthetic ones. Both train the same texts with the same steps, so what differs is what the active set
+costs. Ends with one JSON line. Wants an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from app import active_set, db, job_queue, lifecycle
+from app.active_set import TrainedGate
+from app.defaults import resolve_model, resolve_retain
+from app.lifecycle import ForgetText
+from app.settings import Settings, get_settings
+from app.tables import RequestState
+from bench.routing_cost import synthetic
+from models.gate_rows import GateRows, space_source
+from models.routing import Route
+from worker.main import prepare
+from worker.tasks import Context, run_job
+
+NAME, TEXTS = "Spielberg", 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--directions", type=int, default=4, help="of each synthetic gate")
+    args = parser.parse_args()
+    result = {"bench": "activation", **measure(args.requests, args.directions, Console(stderr=True))}
+    print(json.dumps(result))
+
+
+def measure(requests: int, directions: int, console: Console) -> dict[str, Any]:
+    """Seconds of either, and their ratio with the training counted alike: the same work, and most of the noise."""
+    model, adapter = resolve_model(get_settings())
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            home=Path(folder) / "first",
+            model=model,
+            adapter=adapter or "",
+            retain=resolve_retain(get_settings()),
+            max_steps=60,
+            min_forget_abstain=0,  # a check that failed would end the measurement
+            max_retain_drop=1,
+            max_class_drop=1,
+        )
+        first = prepare(settings)
+        rows = GateRows(first.llm, first.retain, settings.gate_rows, settings.home / "teacher")
+        space = rows.fit_space()
+        source = space_source(first.llm, first.retain, settings.gate_rows)
+        states = rows.states(rows.calibration_rows)
+        console.print("the gate space is made")
+        last = sibling(first, Path(folder) / "last")
+        for context in (first, last):
+            with context.sessions.begin() as session:
+                active_set.add_gate_space(session, source, space.to_bytes())
+        routes = synthetic(first.llm, space, states, requests, directions)
+        for number, route in enumerate(track(routes, "filling the active set", console=console)):
+            put_in_force(last, route, number)
+        texts = [e.text for e in first.retain if NAME in e.text][:TEXTS]
+        found = {name: activate(context, texts) for name, context in (("first", first), ("last", last))}
+    training = sum(f["training_seconds"] for f in found.values()) / 2
+    rest = {name: f["seconds"] - f["training_seconds"] for name, f in found.items()}
+    result = {
+        "requests": requests,
+        "activation_seconds": {name: f["seconds"] for name, f in found.items()},
+        "training_seconds": {name: f["training_seconds"] for name, f in found.items()},
+        "steps": {name: f["steps"] for name, f in found.items()},
+        "activation_last_over_first": round((training + rest["last"]) / (training + rest["first"]), 4),
+        "raw_last_over_first": round(found["last"]["seconds"] / found["first"]["seconds"], 4),
+    }
+    console.print(result)
+    return result
+
+
+def sibling(context: Context, home: Path) -> Context:
+    """The same worker with a database of its own; the caches of retain rows are shared."""
+    home.mkdir()
+    (home / "teacher").symlink_to(context.settings.home / "teacher")
+    settings = context.settings.model_copy(update={"home": home})
+    db.upgrade(settings.effective_database_url)
+    return replace(
+        context, settings=settings, sessions=db.make_sessions(db.make_engine(settings.effective_database_url))
+    )
+
+
+def put_in_force(context: Context, route: Route, number: int) -> None:
+    """Take a request through its states until a synthetic prompt is active for it."""
+    request_id = submit(context, [f"synthetic text {number}"])
+    settings, prompt, gate = context.settings, route.prompt, route.gate
+    with context.sessions.begin() as session:
+        claim = job_queue.claim(
+            session,
+            request_id,
+            owner="bench",
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+        )
+        assert claim is not None
+    with context.sessions.begin() as session:
+        lifecycle.start_evaluating(session, claim)
+        active_set.activate(
+            session,
+            context.vault,
+            claim,
+            prompt=prompt.to_bytes(),
+            digest=prompt.digest,
+            fingerprint=prompt.fingerprint,
+            num_virtual_tokens=prompt.num_virtual_tokens,
+            hidden_size=prompt.embeddings.shape[1],
+            metrics={},
+            expected_version=active_set.read_active_set(session).version,
+            gate=TrainedGate(gate.to_bytes(), gate.digest, gate.space),
+        )
+
+
+def submit(context: Context, texts: list[str]) -> str:
+    with context.sessions.begin() as session:
+        return lifecycle.create_request(
+            session,
+            context.vault,
+            texts=[ForgetText(text) for text in texts],
+            reason=None,
+            options={},
+            fingerprint=context.llm.fingerprint,
+            api_key_id=None,
+        ).id
+
+
+def activate(context: Context, texts: list[str]) -> dict[str, Any]:
+    """Let the worker do it. The steps are all taken: to stop early would be luck."""
+    request_id = submit(context, texts)
+    started = time.perf_counter()
+    run_job(context, request_id)
+    seconds = time.perf_counter() - started
+    with context.sessions() as session:
+        request = lifecycle.get_request(session, request_id)
+    if request.state != RequestState.ACTIVE or request.metrics is None:
+        raise SystemExit(f"the request ended {request.state}: {request.failure}")
+    return {"seconds": round(seconds, 2), **{k: request.metrics[k] for k in ("training_seconds", "steps")}}
+
+
+if __name__ == "__main__":
+    main()
