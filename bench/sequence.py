@@ -25,6 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from app.vault import letters
+from bench import routing_cost
 from bench.tuned import (
     Tuned,
     add_arguments,
@@ -359,8 +361,8 @@ def cost(run: Bench, routes: Routes) -> dict[str, Any]:
             **routing_cost.measure(run.llm, run.space, texts),
         }
         write(path, json.dumps(found).encode())
-    found = json.loads(path.read_text())
-    return found
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
 
 
 def size_of(routes: Routes) -> int:
