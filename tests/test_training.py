@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,29 @@ def test_a_cancelled_run_resumes_to_the_same_prompt(llm: FrozenLLM, tmp_path: Pa
     resumed = train_soft_prompt(llm, FORGET, RETAIN, CONFIG, resume=saved[-1][1], teacher_dir=tmp_path)
     assert (resumed.resumed_from, resumed.steps) == (5, 12)
     assert resumed.prompt.digest == whole.prompt.digest
+
+
+def test_a_run_that_learned_too_little_doubles_its_schedule_and_resumes_there(llm: FrozenLLM, tmp_path: Path) -> None:
+    hard = replace(CONFIG, max_steps=None, min_steps=4, min_epochs=1, max_doublings=2, least_abstain=1.1)
+    saved: dict[int, bytes] = {}
+    totals: list[int] = []
+    whole = train_soft_prompt(
+        llm,
+        FORGET,
+        RETAIN,
+        hard,
+        teacher_dir=tmp_path,
+        on_progress=lambda p: totals.append(p.total_steps),
+        on_checkpoint=lambda step, data: saved.update({step: data}),
+        checkpoint_seconds=0,
+    )
+    assert (whole.steps, whole.stopped) == (16, "max_steps")
+    assert totals == [4] * 3 + [8] * 4 + [16] * 9, "step 4 says that there are four more, step 8 that there are eight"
+    for step in (3, 4, 6, 8):  # 4 and 8: just doubled
+        resumed = train_soft_prompt(llm, FORGET, RETAIN, hard, resume=saved[step], teacher_dir=tmp_path)
+        assert (resumed.resumed_from, resumed.steps, resumed.prompt.digest) == (step, 16, whole.prompt.digest)
+    for enough in (replace(hard, least_abstain=0.0), replace(hard, max_doublings=0), replace(hard, max_steps=4)):
+        assert train_soft_prompt(llm, FORGET, RETAIN, enough).steps == 4
 
 
 def test_checkpoints_of_other_runs_are_refused(llm: FrozenLLM) -> None:
