@@ -248,7 +248,7 @@ def test_texts_of_other_live_requests_are_left_out_of_the_retain_set(context: Co
     submit(context, texts=[lifecycle.ForgetText(theirs.text)])
     claim = take(context, submit(context, texts=[lifecycle.ForgetText(context.retain[5].text)]))
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        retain = tasks._Job(context, claim, heartbeat).retain_set()
+        retain = tasks._Job(context, claim, heartbeat).retain_set([])
     assert len(retain) == len(context.retain) - 2
     assert theirs not in retain and context.retain[5] not in retain
 
@@ -461,7 +461,7 @@ def test_texts_of_ended_requests_stay_out_of_the_retain_set(context: Context) ->
         lifecycle.request_cancel(session, request_id, actor="key_1")
     claim = take(context, submit(context))
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        assert theirs not in tasks._Job(context, claim, heartbeat).retain_set()
+        assert theirs not in tasks._Job(context, claim, heartbeat).retain_set([])
 
 
 # --- mode routed -----------------------------------------------------------------------------------------------------
