@@ -83,10 +83,13 @@ def normalise(text: str) -> str:
 
 
 def letters(text: str) -> str:
-    """Letters and digits of the normalised text; the normalised text itself where it has neither."""
+    """The normalised text without punctuation and spaces; the normalised text itself where nothing else is in it.
+
+    Marks stay, which in many scripts are the vowels, and so do symbols: an emoji can be all that tells two texts apart.
+    """
     folded = normalise(text)
-    # Once more, for what only composes now that nothing stands between.
-    return normalise("".join(c for c in folded if c.isalnum())) or folded
+    kept = "".join(c for c in folded if unicodedata.category(c)[0] in "LMNS" and unicodedata.category(c) != "Sk")
+    return normalise(kept) or folded  # once more, for what only composes now that nothing stands between
 
 
 def _derive(master_key: bytes, info: bytes) -> bytes:
