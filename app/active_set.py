@@ -27,6 +27,7 @@ from app.tables import (
     Prompt,
     PromptState,
     RequestState,
+    UnlearnRequest,
     new_id,
     utcnow,
 )
@@ -261,6 +262,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
     now = utcnow()
     was_active = prompt.state == PromptState.ACTIVE
     prompt.state = PromptState.REVOKED
+    db.note_shredding(session)
     prompt.wrapped_key = prompt.sealed = prompt.sealed_gate = prompt.sealed_canaries = None
     prompt.revoked_at = now
     prompt.revoked_by = actor[:40]
@@ -285,6 +287,21 @@ def forgotten_digests(session: Session) -> set[bytes]:
     Also of requests that failed, were cancelled or revoked: a later request is no occasion to teach those texts.
     """
     return set(session.scalars(select(ForgetDigest.digest)))
+
+
+def check_master_key(session: Session, vault: Vault) -> None:
+    """Raises VaultError when what is sealed here was sealed under another master key.
+
+    Better known at the start than from requests that fail one after another, their texts shredded.
+    """
+    for table in (Prompt, UnlearnRequest):
+        newest = select(table.wrapped_key).where(table.wrapped_key.is_not(None)).order_by(table.id.desc()).limit(1)
+        wrapped = session.scalar(newest)
+        if wrapped is not None:
+            try:
+                vault.seal(wrapped, b"", aad="")
+            except VaultError:
+                raise VaultError("the database was sealed under another LETHEON_MASTER_KEY than this one") from None
 
 
 def lock_active_set(session: Session) -> ActiveSet:

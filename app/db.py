@@ -8,19 +8,24 @@ into a write lock, which is the case that SQLite answers with "database is locke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.errors import NotReady
 
+log = logging.getLogger(__name__)
+
 MIGRATIONS = Path(__file__).resolve().parent.parent / "alembic"
 BUSY_SECONDS = 30.0
+_EMPTY_LOG_MS = 500
+_SHREDDED = "shredded"
 _MIGRATION_LOCK = 0x1E7E0001  # PostgreSQL advisory lock
 
 
@@ -53,7 +58,35 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
-    return sessionmaker(engine, expire_on_commit=False)
+    sessions = sessionmaker(engine, expire_on_commit=False)
+    if engine.dialect.name == "sqlite":
+        event.listen(sessions, "after_commit", lambda session: _empty_log(session, engine))
+    return sessions
+
+
+def note_shredding(session: Session) -> None:
+    """What this transaction overwrites is to be gone from the disk once it commits."""
+    session.info[_SHREDDED] = True
+
+
+def _empty_log(session: Session, engine: Engine) -> None:
+    """SQLite's write-ahead log keeps the old pages, keys included, until something else happens to overwrite them.
+
+    A reader that is in the way leaves it to the next shredding, or to the last connection's end.
+    """
+    if not session.info.pop(_SHREDDED, False):
+        return
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {_EMPTY_LOG_MS}")
+            try:
+                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}")
+        if busy:
+            log.info("the write-ahead log is in use and is emptied later")
+    except DBAPIError as error:  # the commit itself has happened
+        log.warning("the write-ahead log was not emptied (%s)", type(error).__name__)
 
 
 def begin_write(session: Session) -> None:

@@ -314,6 +314,7 @@ def end_failed(
 
 def shred(session: Session, request: UnlearnRequest) -> None:
     """Destroy the forget texts: without the wrapped key, whatever copy of the sealed bytes is left stays sealed."""
+    db.note_shredding(session)
     request.wrapped_key = None
     request.sealed_texts = None
     session.execute(

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
-from app import db, problems
+from app import active_set, db, problems
 from app.auth import create_first_key
 from app.broker import make_celery
 from app.defaults import load_arguments
@@ -93,6 +93,8 @@ def _start(settings: Settings, llm: FrozenLLM | None, stack: ExitStack) -> Servi
     db.check_schema(engine)
     sessions = db.make_sessions(engine)
     vault = Vault.from_settings(settings)
+    with sessions() as session:
+        active_set.check_master_key(session, vault)
     celery = make_celery(settings)
     stack.callback(celery.close)
     serving = Serving(llm if llm is not None else FrozenLLM.load(**load_arguments(settings)), sessions, vault, settings)

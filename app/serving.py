@@ -40,8 +40,8 @@ class Serving:
 
     def __init__(self, llm: FrozenLLM, sessions: sessionmaker[Session], vault: Vault, settings: Settings) -> None:
         self.llm = llm
-        # Room for one prompt at least; the worker puts none in force that leaves less (`Context.max_text_tokens`).
-        self.max_text_tokens = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
+        self._settings = settings
+        self._widest = settings.num_virtual_tokens
         self._sessions, self._vault = sessions, vault
         self._classifier = Classifier(llm)
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
@@ -59,6 +59,14 @@ class Serving:
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(self.llm.verbalizer.labels)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The longest text that fits behind the prompts in force.
+
+        The worker puts none in force that leaves less room than is configured, but the configuration may have changed.
+        """
+        return self.llm.text_limit(self._settings.max_text_tokens, self._widest)
 
     def submit(self, texts: Sequence[str]) -> Future[Answer]:
         """Queue texts; the future also carries NotReady. Raises Overloaded, NotReady."""
@@ -109,7 +117,9 @@ class Serving:
         with self._lock:
             try:
                 with self._sessions() as session:
-                    return self._reader.read(session)
+                    stack = self._reader.read(session)
+                self._widest = max(self._settings.num_virtual_tokens, stack.widest)
+                return stack
             except NotReady:
                 raise
             except ModelError as error:

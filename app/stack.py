@@ -34,6 +34,12 @@ class Stack:
     prompts: tuple[SoftPrompt, ...]
     routes: Routes | None
 
+    @property
+    def widest(self) -> int:
+        """The most virtual tokens that a text may stand behind."""
+        tokens = [prompt.num_virtual_tokens for prompt in self.prompts]
+        return sum(tokens) if self.routes is None else max(tokens, default=0)
+
 
 class StackReader:
     """Reads the active set; what the last one already held is not read again, and what it held alone is let go."""
@@ -58,7 +64,6 @@ class StackReader:
             if stack is not None:
                 self._stack = stack
                 return stack
-            session.rollback()
         raise NotReady("the active set changes faster than it can be read")
 
     @property

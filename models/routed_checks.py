@@ -30,7 +30,8 @@ class RoutedLimits:
 class RoutedReport:
     """``violations`` is empty exactly when ``passed``. Rates are fractions of rows, accuracies over labels + generic.
 
-    ``forget_abstain``: by gate and prompt, without the guard that knows the forget texts by their digests.
+    ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
+    that knows the forget texts by their digests.
     ``unseen_recall``: the gate's, estimated by leaving forget texts out; None for a single text.
     ``false_claim_rate`` is this gate's, ``total_claim_rate`` the whole set's, on the rows that set the thresholds;
     ``false_abstain_rate``: of those rows, the share that this request's prompt would answer ``unknown``.
@@ -84,27 +85,31 @@ def check_routes(
     def answers(texts: Sequence[str]) -> list[Routed]:
         return classify_routed(classifier, routes, texts, digest=None, max_prompts=limits.max_prompts)
 
-    own = answers([e.text for e in forget])
+    alone = Routes(routes.routes[last:], routes.spaces, fingerprint=classifier.llm.fingerprint)
+
+    def answers_alone(texts: Sequence[str]) -> list[Routed]:
+        return classify_routed(classifier, alone, texts, digest=None, max_prompts=limits.max_prompts)
+
+    # Both: another request's prompt may push this one out, and must not stand in for it, since it may be revoked.
+    own, own_alone = answers([e.text for e in forget]), answers_alone([e.text for e in forget])
     sample, weights = stratified(calibration, max_retain_rows, seed)
     retained = answers([e.text for e in sample])
     figures = retain_figures(sample, weights, [r.base for r in retained], [r.answer for r in retained])
 
     margins = routes.margins(states)
     claimed = (margins[:, last] > 0).nonzero().flatten().tolist()
-    alone = Routes(routes.routes[last:], routes.spaces, fingerprint=classifier.llm.fingerprint)
-    asked = classify_routed(
-        classifier, alone, [calibration[i].text for i in claimed], digest=None, max_prompts=limits.max_prompts
-    )
-    false_abstain = sum(found.answer.abstained for found in asked)
+    false_abstain = sum(found.answer.abstained for found in answers_alone([calibration[i].text for i in claimed]))
     total = int((margins > 0).any(1).sum()) / len(calibration)
-    abstain = sum(r.answer.abstained for r in own) / len(own)
+    before = int((margins[:, :last] > 0).any(1).sum()) / len(calibration)
+    abstain = sum(a.answer.abstained and b.answer.abstained for a, b in zip(own, own_alone, strict=True)) / len(own)
     lost = lost_canaries(others, routes, limits.max_prompts)
 
     checks, violations = limits.checks, []
     if abstain < checks.min_forget_abstain:
         violations.append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
     violations += figures.violations(checks)
-    if total > limits.max_total_claims + 1e-9:
+    # Over the limit already, when the retain set shrank: then a request that adds nothing to it is not to blame.
+    if total > max(limits.max_total_claims + 1e-9, before):
         violations.append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
     if lost:
         violations.append(f"{lost} earlier requests would no longer be reached by their own texts")

@@ -116,6 +116,9 @@ def prepare(settings: Settings) -> Context:
     db.check_schema(engine)
     check_mode(engine, settings)
     vault = Vault.from_settings(settings)
+    sessions = db.make_sessions(engine)
+    with sessions() as session:
+        active_set.check_master_key(session, vault)
     llm = FrozenLLM.load(**load_arguments(settings))
     rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
     limit = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
@@ -127,7 +130,7 @@ def prepare(settings: Settings) -> Context:
     if len(retain) < len(rows):
         log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), limit)
     log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
-    return Context(settings=settings, sessions=db.make_sessions(engine), vault=vault, llm=llm, retain=retain)
+    return Context(settings=settings, sessions=sessions, vault=vault, llm=llm, retain=retain)
 
 
 def check_mode(engine: Engine, settings: Settings) -> None:

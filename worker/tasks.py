@@ -56,7 +56,6 @@ from worker.threads import TRANSIENT, Heartbeat
 log = logging.getLogger("letheon.worker")
 
 RETRY_SECONDS = 0.5
-MAX_RECHECKS = 5
 
 T = TypeVar("T")
 
@@ -222,10 +221,11 @@ class _Job:
             for example in unforgotten(self.context, self.commit(active_set.forgotten_digests))
             if self.context.vault.gate_digest(example.text) not in guarded
         ]
-        if len(retain) < self.settings.min_retain_rows:
+        texts = len({example.text for example in retain})
+        if texts < self.settings.min_retain_rows:
             detail = (
-                f"{len(retain)} of {len(self.context.retain)} rows of the retain set were never to be forgotten; "
-                f"{self.settings.min_retain_rows} are needed"
+                f"{texts} different texts of the {len(self.context.retain)} rows of the retain set were never to be "
+                f"forgotten; {self.settings.min_retain_rows} are needed"
             )
             raise JobFailed("too-few-retain-rows", detail)
         return retain
@@ -309,8 +309,11 @@ class _Job:
     def check_and_activate(
         self, result: TrainingResult, forget: list[Example], retain: list[Example], around: Surroundings | None
     ) -> str:
-        """Check the prompt in the very set it will serve in, then put it in force. Raises JobFailed, LeaseLost."""
-        for _ in range(MAX_RECHECKS):
+        """Check the prompt in the very set it will serve in, then put it in force. Raises JobFailed, LeaseLost, Stopped.
+
+        As often as the set moves meanwhile: that others are busy is no reason to fail anyone.
+        """
+        while not self.should_stop():
             stack = self.read_stack()
             gate, canaries = None, list[str]()
             try:
@@ -353,7 +356,7 @@ class _Job:
                 log.info("%s: the active set moved during the checks; checking again", self.claim.request_id)
                 continue
             return "active"
-        raise JobFailed("active-set-busy", f"the active set moved during each of {MAX_RECHECKS} checks")
+        raise Stopped
 
     def activate(
         self,
