@@ -309,9 +309,10 @@ class _Job:
     def check_and_activate(
         self, result: TrainingResult, forget: list[Example], retain: list[Example], around: Surroundings | None
     ) -> str:
-        """Check the prompt in the very set it will serve in, then put it in force. Raises JobFailed, LeaseLost, Stopped.
+        """Check the prompt in the very set it will serve in, then put it in force.
 
-        As often as the set moves meanwhile: that others are busy is no reason to fail anyone.
+        As often as the set moves meanwhile: that others are busy is no reason to fail anyone. Raises JobFailed, LeaseLost,
+        Stopped.
         """
         while not self.should_stop():
             stack = self.read_stack()
