@@ -150,9 +150,26 @@ def test_others_count_in_the_totals_and_not_in_this_ones_rates(world: World) -> 
     report = world.check(Route(world.always, world.gate(0, 2)), others)
     assert report.total_claim_rate == 0.3
     assert (report.false_claim_rate, report.false_abstain_rate) == (0.1, 0.1)
-    assert report.forget_abstain == 1.0, "the other one, too, is in force"
+    assert report.forget_abstain == 0.5, "what only the other one forgets comes back when that one is revoked"
     assert report.retain_accuracy == pytest.approx(0.7)
     assert report.active_requests == 3
+
+
+def test_a_request_that_passes_only_through_anothers_prompt_fails(world: World) -> None:
+    others = [Route(world.always, world.gate(0, 2))]
+    report = world.check(Route(world.never, world.gate(0, 2)), others, limits=CheckLimits(0.5, 1.0, 1.0))
+    assert report.forget_abstain == 0
+    assert report.violations == ["forget abstain rate 0.0000 is below 0.5"]
+    assert world.check(Route(world.always, world.gate(0, 2)), others, limits=CheckLimits(0.5, 1.0, 1.0)).passed
+
+
+def test_a_request_that_would_pass_alone_counts_as_it_is_served(world: World) -> None:
+    """The other prompt has the larger margin, and of two claims only the first is asked."""
+    own = Route(world.always, world.gate(0, 2))
+    other = Route(world.never, replace(own.gate, threshold=own.gate.threshold - 0.01))
+    assert world.check(own, [other], max_prompts=1).forget_abstain == 0
+    assert world.check(own, [other], max_prompts=2).forget_abstain == 0.5
+    assert world.check(own, max_prompts=1).forget_abstain == 0.5
 
 
 def test_unlabelled_rows_count_the_bare_models_answer(world: World) -> None:
@@ -211,6 +228,19 @@ def test_total_claims_at_the_cap_are_no_violation_whatever_the_fraction(world: W
         report = world.check(Route(world.never, world.gate(2)), others, max_total_claims=claimed / 10)
         assert report.total_claim_rate == claimed / 10
         assert report.passed, report.violations
+
+
+def test_above_the_cap_already_a_gate_may_add_nothing(world: World) -> None:
+    """The retain set may shrink under a set in force; a request that claims nothing new is not to blame for that."""
+    others = [Route(world.never, world.gate(row)) for row in (3, 4)]
+    for claimed in ((0,), (3,), (0, 4)):
+        report = world.check(Route(world.always, world.gate(*claimed)), others, max_total_claims=0.1)
+        assert report.total_claim_rate == 0.2
+        assert report.passed, report.violations
+    for claimed in ((5,), (3, 5)):
+        report = world.check(Route(world.always, world.gate(*claimed)), others, max_total_claims=0.1)
+        assert report.violations == ["the gates claim 0.3000 of the retain rows, more than 0.1"]
+    assert world.check(Route(world.always, world.gate(5)), others, max_total_claims=0.3).passed
 
 
 def test_empty_sides_and_long_texts_are_refused(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -199,7 +200,8 @@ def test_an_altered_gate_space_is_not_served(api: Api) -> None:
     assert api.client.post("/classify", json={"text": subject()}, headers=headers).status_code == 200
 
 
-def test_a_set_that_changes_while_it_is_read(api: Api) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["as the API reads", "as the worker reads"])
+def test_a_set_that_changes_while_it_is_read(api: Api, begun: bool) -> None:
     """The prompt is shredded between the statement that names it and the one that reads it."""
     first = add_prompt(api.service, soft_prompt(1), make_gate("one"))
     second = add_prompt(api.service, soft_prompt(2), make_gate("two"))
@@ -212,8 +214,11 @@ def test_a_set_that_changes_while_it_is_read(api: Api) -> None:
             return super()._load(*args)
 
     slow = Slow(api.service.vault, fingerprint=tiny_llm().fingerprint, mode=Mode.ROUTED)
-    stack = read(api, slow)
+    sessions = api.service.sessions
+    with sessions.begin() if begun else sessions() as session:
+        stack = slow.read(session)
     assert [member.id for member in stack.members] == [second] and set(slow._held) == {second}
+    assert read(api, slow) is stack, "of the version in force"
 
 
 # --- the service -----------------------------------------------------------------------------------------------------
@@ -290,6 +295,65 @@ def test_a_prompt_of_another_mode_stops_the_service_and_its_revocation_starts_it
     assert api.client.get("/readyz").status_code == 503
     api.client.post(f"/admin/prompts/{prompt_id}/revoke", json={"reason": "old"}, headers=headers)
     assert api.client.post("/classify", json={"text": subject()}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_behind_a_wider_prompt_than_configured_texts_are_shorter(database_url: str, tmp_path: Path, mode: Mode) -> None:
+    """Put in force while shorter texts were allowed; now this one would have room behind a prompt as configured."""
+    room = tiny_llm().text_room(256)
+    text, fits = "omma " * (room // 4), "a quite good film"
+    count = tiny_llm().count_tokens(text)
+    knobs = {"max_body_bytes": 10**6, "num_virtual_tokens": 8, "max_text_tokens": 4096, "mode": mode}
+    configured = tiny_llm().text_room(8)
+    assert room < count <= configured
+    with running(database_url, tmp_path, active_set_poll_seconds=MINUTES, **knobs) as api:
+        serving, headers = api.service.serving, api.key()
+        bare = ask(api, headers, fits)
+        assert (serving.max_text_tokens, len(ask(api, headers, text))) == (configured, 1)
+        gated = mode == Mode.ROUTED
+        # Two of them in one context in mode concatenate, one at a time otherwise.
+        wide = [soft_prompt(3, 256)] if gated else [soft_prompt(3, 100), soft_prompt(4, 156)]
+        ids = [add_prompt(api.service, prompt, make_gate(text) if gated else None) for prompt in wide]
+        if gated:
+            ids.append(add_prompt(api.service, soft_prompt(4, 100), make_gate("Quillfeather sings")))
+        ask(api, headers, fits)  # the set is known once it was confirmed
+        assert serving.max_text_tokens == room
+        body = {"texts": [fits, text]}
+        response = api.client.post("/classify", json=body, headers=headers)
+        assert_problem(response, 422, "invalid-input", field="texts[1]", limit=room)
+        assert len(ask(api, headers, fits, fits)) == 2
+        assert api.client.get("/readyz").status_code == 200
+        for prompt_id in ids:
+            revoke(api, prompt_id)
+        assert ask(api, headers, fits) == bare
+        assert serving.max_text_tokens == configured
+        assert len(ask(api, headers, fits, text)) == 2
+
+
+def test_a_long_text_costs_nobody_else_an_answer(database_url: str, tmp_path: Path) -> None:
+    """Refused before it is queued, as soon as the set is known: in a batch it would take the others with it."""
+    room = tiny_llm().text_room(256)
+    long = "omma " * (room // 4)
+    with running(database_url, tmp_path, active_set_poll_seconds=MINUTES) as api:
+        add_prompt(api.service, soft_prompt(3, 256), make_gate(long))
+    knobs: dict[str, Any] = {"max_body_bytes": 10**6, "max_text_tokens": 4096, "max_queued_texts": 1000}
+    with running(database_url, tmp_path, active_set_poll_seconds=MINUTES, **knobs) as api:
+        headers = api.key()
+        assert api.client.get("/readyz").status_code == 200  # as any deployment asks before it sends traffic
+        assert api.service.serving.max_text_tokens == room
+        statuses: list[int] = []
+
+        def call(text: str) -> None:
+            statuses.append(api.client.post("/classify", json={"text": text}, headers=headers).status_code)
+
+        with api.service.serving._lock:  # all of them would be one batch
+            threads = [threading.Thread(target=call, args=(text,)) for text in (*OTHERS, long)]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: statuses == [422])
+        for thread in threads:
+            thread.join()
+        assert statuses == [422, 200, 200, 200]
 
 
 def traces(serving: Serving, prompt_id: str) -> list[weakref.ref[Any]]:

@@ -243,6 +243,28 @@ def test_a_retain_set_of_forget_texts_only_is_refused(context: Context) -> None:
     assert_failed(context, request_id, "too-few-retain-rows")
 
 
+def test_a_retain_set_of_few_different_texts_is_refused(context: Context) -> None:
+    """However many rows they fill."""
+
+    def worker(different: int) -> Context:
+        return Context(
+            settings=context.settings.model_copy(update={"min_retain_rows": 20}),
+            sessions=context.sessions,
+            vault=context.vault,
+            llm=context.llm,
+            retain=[*context.retain[:different]] * 10,
+        )
+
+    request_id = submit(context)
+    run_job(worker(19), request_id)
+    row = assert_failed(context, request_id, "too-few-retain-rows")
+    assert row.failure is not None
+    assert row.failure["detail"].startswith("19 different texts of the 190 rows") and "20 are" in row.failure["detail"]
+    enough = submit(context)
+    run_job(worker(20), enough)
+    assert request(context, enough).state == "active"
+
+
 def test_texts_of_other_live_requests_are_left_out_of_the_retain_set(context: Context) -> None:
     theirs = context.retain[3]
     submit(context, texts=[lifecycle.ForgetText(theirs.text)])
@@ -437,6 +459,49 @@ def test_the_checks_are_repeated_when_the_active_set_moves(context: Context, mod
         Overtaken(context, claim, heartbeat).run()
     assert request(context, request_id).state == "active"
     assert seen == [(0, 0), (1, 1)]  # the second time beside what it then served with
+
+
+def hurry_past(context: Context, request_id: str, moves: int, *, stop_after: int | None = None) -> int:
+    """Run a job during each of whose first ``moves`` checks the set moves; the number of its checks."""
+    run_job(context, submit(context))
+    checks = 0
+
+    class Overtaken(tasks._Job):
+        def activate(self, *what: Any) -> None:
+            nonlocal checks
+            checks += 1
+            if checks == stop_after:
+                context.stop.set()
+            if checks <= moves:  # to the empty set and back, by an operator in a hurry
+                with context.sessions.begin() as session:
+                    how = {"mode": context.settings.mode, "fingerprint": context.llm.fingerprint}
+                    active_set.restore(session, 1 - checks % 2, **how, actor="key_1", reason="test")
+            super().activate(*what)
+
+    claim = take(context, request_id)
+    with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
+        Overtaken(context, claim, heartbeat).run()
+    return checks
+
+
+def test_a_set_that_moves_during_many_checks_fails_no_request(context: Context) -> None:
+    request_id = submit(context)
+    assert hurry_past(context, request_id, moves=8) == 9
+    assert request(context, request_id).state == "active"
+    with context.sessions() as session:
+        assert [prompt.request_id for prompt in active_set.active_prompts(session)][-1] == request_id
+        assert active_set.read_active_set(session).version == 10
+
+
+def test_a_shutdown_while_the_set_moves_hands_the_request_back(context: Context) -> None:
+    request_id = submit(context)
+    assert hurry_past(context, request_id, moves=8, stop_after=3) == 3
+    row = request(context, request_id)
+    assert (row.state, row.attempt, row.lease_owner, row.failure) == ("pending", 0, None, None)
+    assert row.wrapped_key is not None and row.sealed_texts is not None
+    context.stop.clear()
+    run_job(context, request_id)
+    assert request(context, request_id).state == "active"
 
 
 @CONCATENATE_ONLY  # routed prompts never share a context
