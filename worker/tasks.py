@@ -311,8 +311,8 @@ class _Job:
     ) -> str:
         """Check the prompt in the very set it will serve in, then put it in force.
 
-        As often as the set moves meanwhile: that others are busy is no reason to fail anyone. Raises JobFailed, LeaseLost,
-        Stopped.
+        As often as the set moves meanwhile: that others are busy is no reason to fail anyone. Raises JobFailed,
+        LeaseLost, Stopped.
         """
         while not self.should_stop():
             stack = self.read_stack()
