@@ -86,10 +86,7 @@ class Settings(BaseSettings):
         default=0.002, ge=0, le=1, description="Share of the retain set that one request's gate may claim."
     )
     max_certain_claim_rate: float = Field(
-        default=0.001, ge=0, le=1, description="The same of what a gate may decide without asking its prompt."
-    )
-    prompt_decides_from: int = Field(
-        default=16, ge=1, description="From this many forget texts on, the prompt decides whatever the gate claims."
+        default=0.0005, ge=0, le=1, description="The same of what a gate may decide without asking its prompt."
     )
     max_total_claim_rate: float = Field(
         default=0.1, ge=0, le=1, description="Share of the retain set that all gates together may claim."

@@ -2,9 +2,10 @@
 
 For requests of 1, 4, 16 and 64 texts, on people (SST-2) and on topics (Yelp reviews by category): how many unseen texts
 on the same subject are answered ``unknown``, against how many held-out texts on anything else, as the share of retain
-rows that a gate may claim goes from 0.05 to 10 %. "Both" is what mode ``routed`` does from ``prompt_decides_from`` on:
-the gate proposes and the prompt decides. No digest guard anywhere. Trained prompts are kept under ``var/``; ``--json``
-prints the recorded result and computes nothing.
+rows that a gate may claim goes from 0.05 to 10 %. "Both":
+the gate proposes and the prompt decides. "Routed", as the service does: the same, but what the gate is certain of (at
+0.05 %) it decides alone. No digest guard anywhere. Trained prompts are kept under ``var/``; ``--json`` prints the
+recorded result and computes nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from models.surroundings import NEAR_ROWS, ROUTED_TRAINING
 from models.text_states import text_states
 from models.training import train_soft_prompt
 
+CERTAIN_CLAIMS = 0.0005  # the service's default
 SIZES = (1, 4, 16, 64)
 RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 PEOPLE = ("spielberg", "sandler", "bullock")
@@ -120,7 +122,14 @@ class Measured:
 
     def _gate(self, size: int, rate: float) -> Any:
         states = self._states(self.subject.texts[:size])
-        return fit_gate(states, self.calibration, self.space, digests=[], max_false_claims=rate).gate
+        return fit_gate(
+            states,
+            self.calibration,
+            self.space,
+            digests=[],
+            max_false_claims=rate,
+            max_certain_claims=min(rate, CERTAIN_CLAIMS),
+        ).gate
 
     def figures(self, size: int) -> list[dict[str, Any]]:
         """A row for each rate and one for the prompt alone (``rate`` None)."""
@@ -147,6 +156,8 @@ class Measured:
             gate = self._gate(size, rate)
             claims = best_cosines(self.points, gate.directions) > gate.threshold
             false = best_cosines(self.held_out, gate.directions) > gate.threshold
+            sure = best_cosines(self.points, gate.directions) > gate.certain
+            sure_false = best_cosines(self.held_out, gate.directions) > gate.certain
             out.append(
                 {
                     **head,
@@ -158,6 +169,9 @@ class Measured:
                     "both_own": _mean(claims[:size] & own_answers[:size]),
                     "both_unseen": _mean(claims[size:] & own_answers[size:]),
                     "both_false": _mean(false & held_out_answers),
+                    "routed_own": _mean((claims & own_answers | sure)[:size]),
+                    "routed_unseen": _mean((claims & own_answers | sure)[size:]),
+                    "routed_false": _mean(false & held_out_answers | sure_false),
                 }
             )
         return out
@@ -175,8 +189,8 @@ def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["kind"], row["texts"], row["rate"]].append(row)
-    figures = ("gate_own", "gate_unseen", "gate_false", "both_own", "both_unseen", "both_false")
-    alone = ("prompt_own", "prompt_unseen", "prompt_false")
+    figures = [f"{who}_{what}" for who in ("gate", "both", "routed") for what in ("own", "unseen", "false")]
+    alone = ["prompt_own", "prompt_unseen", "prompt_false"]
     out = []
     for (kind, texts, rate), found in groups.items():
         names = alone if rate is None else figures
@@ -211,12 +225,12 @@ def main() -> None:
 
 def print_table(means: Sequence[dict[str, Any]], console: Console) -> None:
     table = Table(title="answered unknown: unseen texts on the subject / held-out texts on others, %")
-    for column in ("", "texts", "rate", "gate alone", "both", "prompt alone"):
+    for column in ("", "texts", "rate", "gate alone", "both", "routed", "prompt alone"):
         table.add_column(column, justify="right")
     for row in means:
         cells = [
             f"{100 * row[f'{who}_unseen']:.0f} / {100 * row[f'{who}_false']:.2f}" if f"{who}_unseen" in row else ""
-            for who in ("gate", "both", "prompt")
+            for who in ("gate", "both", "routed", "prompt")
         ]
         rate = "" if row["rate"] is None else f"{100 * row['rate']:g} %"
         table.add_row(row["kind"], str(row["texts"]), rate, *cells)

@@ -2,10 +2,10 @@
 
 Real requests (people in SST-2, in a seeded order) on a model that was fine-tuned on their texts. After k = 1, 2, 4, …
 of them: how well each is forgotten, on its own texts and on unseen texts that name the same person, and what it costs
-everybody else; in mode ``routed``, as gate-and-refuse (no prompt at all), with the same prompts concatenated, and in
-mode ``concatenate``. Then what it costs, up to 1,000 requests (``bench.routing_cost``; wants an idle machine). Every
-trained prompt is kept under ``var/``, so a run that is cut short goes on where it was. ``--json`` prints the recorded
-result and computes nothing.
+everybody else; in mode ``routed`` (without the guard, and with it), as gate-and-refuse (no prompt at all), with the same
+prompts concatenated, and in mode ``concatenate``. Then what it costs, up to 1,000 requests (``bench.routing_cost``; wants
+an idle machine). Every trained prompt is kept under ``var/``, so a run that is cut short goes on where it was. ``--json``
+prints the recorded result and computes nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,14 @@ KS = (1, 2, 4, 8, 16, 32)
 MIN_TRAIN, MIN_UNSEEN = 8, 5
 GATE_ROWS = 4096
 # The service's defaults.
-FALSE_CLAIMS, CERTAIN_CLAIMS, TOTAL_CLAIMS, PROMPT_DECIDES_FROM, MAX_PROMPTS = 0.002, 0.001, 0.1, 16, 4
+FALSE_CLAIMS, CERTAIN_CLAIMS, TOTAL_CLAIMS, MAX_PROMPTS = 0.002, 0.0005, 0.1, 4
+# What a gate may claim, and of that what it may decide without its prompt (None: nothing; the same: everything).
+MODES: dict[str, tuple[float, float | None]] = {
+    "routed": (FALSE_CLAIMS, CERTAIN_CLAIMS),
+    "routed, prompts decide all": (FALSE_CLAIMS, None),
+    "gate-and-refuse": (0.001, 0.001),
+    "gate-and-refuse, 0.05 %": (CERTAIN_CLAIMS, CERTAIN_CLAIMS),
+}
 BATCH = 32
 LATENCY_TEXTS = 200
 
@@ -171,17 +178,15 @@ class Answers:
         return sum(changed.get(i, self.base[i].label) == self.rows[i].label for i in place) / len(place)
 
 
-def routed(answers: Answers, routes: Routes, *, refuse: bool) -> dict[int, str]:
-    """Rows answered ``unknown``, without the guard: by gate and prompt, or (``refuse``) by the gate alone."""
+def routed(answers: Answers, routes: Routes) -> dict[int, str]:
+    """Rows answered ``unknown``, without the guard."""
     margins = routes.margins(answers.states)
-    claims, certain = routes.claims(margins, MAX_PROMPTS), routes.certain(margins)
-    if refuse:
-        return {i: ABSTAIN for i, found in enumerate(claims) if found}
+    claims, sure = routes.claims(margins, MAX_PROMPTS), routes.certain(margins)
     by_route: dict[int, list[int]] = defaultdict(list)
     for row, found in enumerate(claims):
-        for route in () if certain[row] else found:
+        for route in () if sure[row] else found:
             by_route[route].append(row)
-    out = {i: ABSTAIN for i, sure in enumerate(certain) if sure}
+    out = {i: ABSTAIN for i, certain in enumerate(sure) if certain}
     for route, wanted in by_route.items():
         behind = answers.behind([routes.routes[route].prompt], wanted)
         out |= {i: label for i, label in behind.items() if label == ABSTAIN}
@@ -218,32 +223,29 @@ def figures(answers: Answers, persons: Sequence[Person], changed: Mapping[int, s
     }
 
 
-def build(run: Bench, count: int, console: Console) -> tuple[Routes, Routes, list[dict[str, Any]]]:
-    """The first ``count`` requests in mode ``routed``, and their gates for gate-and-refuse.
-
-    Each gate is fitted beside those before it. Gates that refuse alone are as tight as one that may decide alone.
-    """
-    routes, facts = Routes([], {}, fingerprint=run.llm.fingerprint), []
-    refusing = routes
+def build(run: Bench, count: int, console: Console) -> tuple[dict[str, Routes], list[dict[str, Any]]]:
+    """The first ``count`` requests in each of MODES, each gate fitted beside those before it; and facts on each."""
+    sets = {name: Routes([], {}, fingerprint=run.llm.fingerprint) for name in MODES}
+    facts = []
     states = run.rows.states(run.rows.calibration_rows)
     for index, person in enumerate(run.persons[:count]):
         prompt, found = run.routed_prompt(person)
         own = text_states(run.llm, [e.text for e in person.forget])
-        fit, tight = (
-            fit_gate(
+        fits = {
+            name: fit_gate(
                 own,
                 states,
                 run.space,
                 digests=[],
                 max_false_claims=rate,
-                max_certain_claims=CERTAIN_CLAIMS if len(person.forget) < PROMPT_DECIDES_FROM else None,
-                claimed=claimed_rows(states, beside),
+                max_certain_claims=certain,
+                claimed=claimed_rows(states, sets[name]),
                 max_total_claims=TOTAL_CLAIMS,
             )
-            for rate, beside in ((FALSE_CLAIMS, routes), (CERTAIN_CLAIMS, refusing))
-        )
-        routes = routes.plus(Route(prompt, fit.gate), run.space)
-        refusing = refusing.plus(Route(prompt, tight.gate), run.space)
+            for name, (rate, certain) in MODES.items()
+        }
+        sets = {name: sets[name].plus(Route(prompt, fit.gate), run.space) for name, fit in fits.items()}
+        fit = fits["routed"]
         facts.append(
             {
                 "person": person.name,
@@ -255,7 +257,7 @@ def build(run: Bench, count: int, console: Console) -> tuple[Routes, Routes, lis
             }
         )
         console.print(f"{index + 1}/{count} routed, {found['steps']} steps in {found['seconds']:.0f} s")
-    return routes, refusing, facts
+    return sets, facts
 
 
 def stack(run: Bench, count: int, console: Console) -> list[SoftPrompt]:
@@ -291,7 +293,8 @@ def main() -> None:
 
 def measure(run: Bench, console: Console) -> dict[str, Any]:
     args = run.args
-    routes, refusing, facts = build(run, args.requests, console)
+    sets, facts = build(run, args.requests, console)
+    routes = sets["routed"]
     stacked = stack(run, args.stacked, console)
     persons = run.persons[: len(routes)]
     groups = {"held out": run.held_out, "others": run.others}
@@ -299,11 +302,12 @@ def measure(run: Bench, console: Console) -> dict[str, Any]:
     answers = Answers(run, groups)
     curves: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for k in [k for k in KS if k <= len(routes)]:
-        for name, whole in (("routed", routes), ("gate-and-refuse", refusing)):
+        for name, whole in sets.items():
             first = Routes(whole.routes[:k], {run.space.digest: run.space}, fingerprint=run.llm.fingerprint)
-            found = routed(answers, first, refuse=whole is refusing)
+            found = routed(answers, first)
             curves[name][k] = figures(answers, persons[:k], found)
-            curves[f"{name}, guarded"][k] = figures(answers, persons[:k], guard(answers, persons[:k], found))
+            if name == "routed":
+                curves["routed, guarded"][k] = figures(answers, persons[:k], guard(answers, persons[:k], found))
         console.print(f"k={k} routed {curves['routed'][k]}")
     few = Answers(run, {**groups, "held out": run.held_out[: args.stacked_rows], "others": run.others[:100]})
     for name, prompts in (("routed prompts concatenated", [r.prompt for r in routes.routes]), ("concatenate", stacked)):

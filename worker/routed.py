@@ -59,14 +59,13 @@ def fit_and_check(
     llm: FrozenLLM, settings: Settings, vault: Vault, around: Surroundings, others: Routes, prompt: SoftPrompt
 ) -> tuple[GateFit, RoutedReport]:
     """Fit the gate beside those in force, then check the set as it would be with this request. Raises TextTooLong."""
-    few = len(around.forget) < settings.prompt_decides_from
     fit = fit_gate(
         around.states,
         around.calibration_states,
         around.space,
         digests=sorted({vault.gate_digest(e.text) for e in around.forget}),
         max_false_claims=settings.max_false_claim_rate,
-        max_certain_claims=settings.max_certain_claim_rate if few else None,
+        max_certain_claims=settings.max_certain_claim_rate,
         claimed=claimed_rows(around.calibration_states, others),
         max_total_claims=settings.max_total_claim_rate,
     )
