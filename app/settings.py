@@ -86,7 +86,10 @@ class Settings(BaseSettings):
         default=0.002, ge=0, le=1, description="Share of the retain set that one request's gate may claim."
     )
     max_certain_claim_rate: float = Field(
-        default=0.0005, ge=0, le=1, description="The same of what a gate may decide without asking its prompt."
+        default=0.0005,
+        ge=0,
+        le=1,
+        description="The same of what a gate may decide without asking its prompt. 0: the prompt decides everything.",
     )
     max_total_claim_rate: float = Field(
         default=0.1, ge=0, le=1, description="Share of the retain set that all gates together may claim."

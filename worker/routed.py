@@ -65,7 +65,7 @@ def fit_and_check(
         around.space,
         digests=sorted({vault.gate_digest(e.text) for e in around.forget}),
         max_false_claims=settings.max_false_claim_rate,
-        max_certain_claims=settings.max_certain_claim_rate,
+        max_certain_claims=settings.max_certain_claim_rate or None,
         claimed=claimed_rows(around.calibration_states, others),
         max_total_claims=settings.max_total_claim_rate,
     )
