@@ -4,8 +4,8 @@ Real requests (people in SST-2, in a seeded order) on a model that was fine-tune
 of them: how well each is forgotten, on its own texts and on unseen texts that name the same person, and what it costs
 everybody else; in mode ``routed`` (without the guard, and with it), as gate-and-refuse (no prompt at all), with the
 same prompts concatenated, and in mode ``concatenate``. Then what it costs, up to 1,000 requests
-(``bench.routing_cost``; wants an idle machine). Every trained prompt is kept under ``var/``, so a run that is cut short goes on where it was.
-``--json`` prints the recorded result and computes nothing.
+(``bench.routing_cost``; wants an idle machine). Every trained prompt is kept under ``var/``, so a run that is cut
+short goes on where it was. ``--json`` prints the recorded result and computes nothing.
 """
 
 from __future__ import annotations

@@ -301,7 +301,7 @@ def test_a_prompt_of_another_mode_stops_the_service_and_its_revocation_starts_it
 def test_behind_a_wider_prompt_than_configured_texts_are_shorter(database_url: str, tmp_path: Path, mode: Mode) -> None:
     """Put in force while shorter texts were allowed; now this one would have room behind a prompt as configured."""
     room = tiny_llm().text_room(256)
-    text, fits = "omma " * (room // 4), "a quite good film"
+    text, fits = "omma " * (room // 3), "a quite good film"
     count = tiny_llm().count_tokens(text)
     knobs = {"max_body_bytes": 10**6, "num_virtual_tokens": 8, "max_text_tokens": 4096, "mode": mode}
     configured = tiny_llm().text_room(8)
@@ -333,7 +333,7 @@ def test_behind_a_wider_prompt_than_configured_texts_are_shorter(database_url: s
 def test_a_long_text_costs_nobody_else_an_answer(database_url: str, tmp_path: Path) -> None:
     """Refused before it is queued, as soon as the set is known: in a batch it would take the others with it."""
     room = tiny_llm().text_room(256)
-    long = "omma " * (room // 4)
+    long = "omma " * (room // 3)
     with running(database_url, tmp_path, active_set_poll_seconds=MINUTES) as api:
         add_prompt(api.service, soft_prompt(3, 256), make_gate(long))
     knobs: dict[str, Any] = {"max_body_bytes": 10**6, "max_text_tokens": 4096, "max_queued_texts": 1000}
