@@ -5,8 +5,8 @@ bit. A claimed one runs again behind each claiming request's prompt alone; when 
 service, and when none does the base model's answer stands. So adding or revoking a request cannot change the outcome
 of a query that it does not claim, and the cost of an unclaimed query does not grow with the number of requests.
 
-A prompt can learn its texts by heart; a gate, which has nothing to learn by heart, knows their subject. So a gate decides
-alone where it is certain (``Gate.certain``), and its prompt in between.
+A prompt can learn its texts by heart; a gate, which has nothing to learn by heart, knows their subject. So a gate
+decides alone where it is certain (``Gate.certain``), and its prompt in between.
 """
 
 from __future__ import annotations
