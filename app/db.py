@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from app.errors import NotReady
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "alembic"
 BUSY_SECONDS = 30.0
-_EMPTY_LOG_MS = 500
+_EMPTY_LOG_SECONDS = 0.5
 _SHREDDED = "shredded"
 _MIGRATION_LOCK = 0x1E7E0001  # PostgreSQL advisory lock
 
@@ -60,7 +61,9 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
     sessions = sessionmaker(engine, expire_on_commit=False)
     if engine.dialect.name == "sqlite":
-        event.listen(sessions, "after_commit", lambda session: _empty_log(session, engine))
+        # Not from the engine's pool: the committing session still holds its own connection, and others wait for one.
+        own = create_engine(engine.url, poolclass=NullPool, connect_args={"timeout": _EMPTY_LOG_SECONDS})
+        event.listen(sessions, "after_commit", lambda session: _empty_log(session, own))
     return sessions
 
 
@@ -78,11 +81,7 @@ def _empty_log(session: Session, engine: Engine) -> None:
         return
     try:
         with engine.connect() as connection:
-            connection.exec_driver_sql(f"PRAGMA busy_timeout = {_EMPTY_LOG_MS}")
-            try:
-                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
-            finally:
-                connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}")
+            busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
         if busy:
             log.info("the write-ahead log is in use and is emptied later")
     except DBAPIError as error:  # the commit itself has happened

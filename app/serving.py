@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session, sessionmaker
@@ -55,6 +56,8 @@ class Serving:
             target=self._watch, args=(settings.active_set_poll_seconds,), name="active-set-watch", daemon=True
         )
         self._watcher.start()
+        with suppress(NotReady):  # for `max_text_tokens`; a start does not wait for a set that can be served
+            self._confirm()
 
     @property
     def labels(self) -> tuple[str, ...]:
