@@ -382,6 +382,10 @@ def show(groups: Groups, before: dict[str, list[str]], after: dict[str, list[str
         values = [report[f"{name}_{measure}_{when}"] for when in ("before", "after")]
         cells = ["-" if value is None else f"{value:.1%}" for value in values]
         summary.add_row(title, str(report[f"{name}_rows"]), *cells)
+        if name == "forget" and (metrics := report["request"]["metrics"]):
+            own = [metrics.get(f"forget_abstain{when}") for when in ("_before", "")]
+            cells = ["-" if value is None else f"{value:.1%}" for value in own]
+            summary.add_row("  the same without the guard that knows these texts", str(report["forget_rows"]), *cells)
     console.print(summary)
     taken = report["seconds_to_active"]
     console.print(
