@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 
 COLOURS = {
     "routed": "#1f6feb",
+    "routed, prompts decide all": "#2da44e",
     "gate-and-refuse": "#d29922",
     "concatenate": "#8250df",
     "routed prompts concatenated": "#cf222e",
