@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-mpl.use("svg")
+mpl.use("agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {
@@ -36,6 +36,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("sequence", sequence), ("frontier", frontier)):
+        if not (args.results / f"{name}.json").exists():
+            print(f"{args.results / name}.json is not there")
+            continue
         found = json.loads((args.results / f"{name}.json").read_text(encoding="utf-8"))
         with mpl.rc_context(STYLE):
             figure = draw(found)
@@ -49,13 +52,15 @@ def sequence(found: dict[str, Any]) -> Any:
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained")
     titles = {
         "own_worst": "own texts answered unknown,\nworst request",
-        "own_first": "own texts answered unknown,\nearliest request",
-        "unseen_mean": "unseen texts on the person\nanswered unknown, mean",
+        "unseen_worst": "unseen texts on the person\nanswered unknown, worst request",
+        "false_abstain_other_people": "texts on other people\nanswered unknown",
         "retain_drop": "retain accuracy lost,\npercentage points",
     }
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
         for name, colour in COLOURS.items():
-            curve = found["curves"].get(name, {})
+            curve = found["curves"].get(name)
+            if not curve:
+                continue
             values = [100 * point[key] for point in curve.values()]
             panel.plot([int(k) for k in curve], values, marker="o", markersize=3, color=colour, label=name)
         panel.set_title(title, fontsize=9)

@@ -8,7 +8,6 @@ measured in turns, in one process; figures are ratios within a round. Ends with 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -65,17 +64,18 @@ def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    gc.collect()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096
+def size_of(routes: Routes) -> int:
+    """Bytes of prompts and gates, the float64 copies of the directions included; the space they share is not."""
+    return sum(
+        route.prompt.embeddings.nbytes + 3 * route.gate.directions.nbytes + route.gate.digests.nbytes
+        for route in routes.routes
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--directions", type=int, default=4, help="of each gate")
+    parser.add_argument("--directions", type=int, default=1, help="of each gate")
     parser.add_argument("--rounds", type=int, default=5, help="of one batch of 64 texts")
     parser.add_argument("--singles", type=int, default=100, help="single-text calls, for the latency")
     args = parser.parse_args()
@@ -108,7 +108,7 @@ def measure(
     queries: list[str],
     *,
     requests: int = 1000,
-    directions: int = 4,
+    directions: int = 1,
     rounds: int = 5,
     singles: int = 100,
 ) -> dict[str, Any]:
@@ -116,10 +116,9 @@ def measure(
     vault = Vault(bytes(range(32)))
     classifier = Classifier(llm)
     _, query_states = classifier.base_pass(queries[:512])
-    before = resident()
     routes = synthetic(llm, space, query_states, requests, directions)
     many = Routes(routes, {space.digest: space}, fingerprint=llm.fingerprint)
-    held = (resident() - before) / requests
+    held = size_of(many) / requests
     one = Routes(routes[:1], {space.digest: space}, fingerprint=llm.fingerprint)
 
     def run(active: Routes, texts: list[str]) -> object:

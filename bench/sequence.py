@@ -363,20 +363,13 @@ def cost(run: Bench, routes: Routes) -> dict[str, Any]:
                 name: {q: round(1000 * routing_cost.quantile(values, p), 1) for q, p in (("p50", 0.5), ("p99", 0.99))}
                 for name, values in seconds.items()
             },
-            "mib_in_memory": {name: round(size_of(active) / 2**20, 2) for name, active in sets.items()},
-            **routing_cost.measure(run.llm, run.space, texts),
+            "mib_in_memory": {name: round(routing_cost.size_of(active) / 2**20, 2) for name, active in sets.items()},
+            **routing_cost.measure(run.llm, run.space, texts),  # one direction, as all 32 gates have
+            "four_directions": routing_cost.measure(run.llm, run.space, texts, directions=4),
         }
         write(path, json.dumps(found).encode())
     kept: dict[str, Any] = json.loads(path.read_text())
     return kept
-
-
-def size_of(routes: Routes) -> int:
-    """Bytes of prompts and gates, the float64 copies of the directions included; the space they share is not."""
-    return sum(
-        route.prompt.embeddings.nbytes + 3 * route.gate.directions.nbytes + route.gate.digests.nbytes
-        for route in routes.routes
-    )
 
 
 def print_table(curves: dict[str, dict[int, dict[str, Any]]], console: Console) -> None:
