@@ -133,10 +133,14 @@ def measure(
     def one_by_one(active: Routes) -> Callable[[int], object]:
         return lambda n: run(active, [queries[n]])
 
-    bare: Callable[[int], object] = lambda n: classifier.classify(batch(queries, n))  # noqa: E731
+    def bare(number: int) -> object:
+        return classifier.classify(batch(queries, number))
+
+    def bare_alone(number: int) -> object:
+        return classifier.classify([queries[number]])
+
     batches = interleaved({"bare": bare, **{name: in_batches(found) for name, found in sets.items()}}, rounds)
-    alone: Callable[[int], object] = lambda n: classifier.classify([queries[n]])  # noqa: E731
-    calls = interleaved({"bare": alone, **{name: one_by_one(found) for name, found in sets.items()}}, singles)
+    calls = interleaved({"bare": bare_alone, **{name: one_by_one(found) for name, found in sets.items()}}, singles)
     over_bare = {name: statistics.median(paired(batches["bare"], batches[name])) for name in sets}
     p99 = {name: quantile(found, 0.99) for name, found in calls.items()}
     return {

@@ -33,8 +33,9 @@ from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from worker import tasks
+from worker.knobs import training_config
 from worker.routed import surroundings
-from worker.tasks import Context, run_job, training_config
+from worker.tasks import Context, run_job
 from worker.threads import Heartbeat
 
 Sessions = sessionmaker[Session]

@@ -15,10 +15,11 @@ from app import active_set, set_history
 from app.settings import Settings
 from app.stack import Stack, StackReader
 from app.vault import Vault
-from models.evaluation import CheckLimits, CheckReport, check_prompts
+from models.evaluation import CheckReport, check_prompts
 from models.examples import Example
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
+from worker.knobs import check_limits
 
 log = logging.getLogger("letheon.worker")
 
@@ -39,7 +40,7 @@ def check_stack(
         retain,
         max_retain_rows=settings.check_retain_rows,
         seed=settings.seed,
-        limits=CheckLimits(settings.min_forget_abstain, settings.max_retain_drop, settings.max_class_drop),
+        limits=check_limits(settings),
         canaries=canaries,
     )
 

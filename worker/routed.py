@@ -13,7 +13,6 @@ from app import active_set
 from app.active_set import TrainedGate
 from app.settings import Settings
 from app.vault import Vault
-from models.evaluation import CheckLimits
 from models.examples import Example
 from models.gate import GateFit, GateSpace, fit_gate
 from models.gate_rows import GateRows, space_source
@@ -23,6 +22,7 @@ from models.routed_checks import RoutedLimits, RoutedReport, check_routes, claim
 from models.routing import Route, Routes
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings, look_around
+from worker.knobs import check_limits
 
 Commit = Callable[[Callable[[Session], Any]], Any]
 
@@ -71,7 +71,7 @@ def fit_and_check(
     )
     routes = others.plus(Route(prompt, fit.gate), around.space)
     limits = RoutedLimits(
-        CheckLimits(settings.min_forget_abstain, settings.max_retain_drop, settings.max_class_drop),
+        check_limits(settings),
         settings.max_total_claim_rate,
         settings.max_prompts_per_query,
     )

@@ -14,17 +14,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, job_queue, lifecycle
 from app.active_set import TrainedGate
-from app.errors import LeaseLost, LetheonError, ModeMismatch, StaleActiveSet
+from app.errors import LeaseLost, ModeMismatch, StaleActiveSet
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode, Settings
 from app.stack import Stack, StackReader
@@ -46,9 +45,11 @@ from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.routed_checks import RoutedReport
 from models.soft_prompt import SoftPrompt
-from models.surroundings import ROUTED_TRAINING, Surroundings
-from models.training import TrainingConfig, TrainingResult, train_soft_prompt
+from models.surroundings import Surroundings
+from models.training import TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries, recheck
+from worker.failures import JobFailed, Stopped, last_word
+from worker.knobs import training_config
 from worker.reporting import Reporter
 from worker.routed import fit_and_check, surroundings, trained_gate
 from worker.threads import TRANSIENT, Heartbeat
@@ -58,20 +59,6 @@ log = logging.getLogger("letheon.worker")
 RETRY_SECONDS = 0.5
 
 T = TypeVar("T")
-
-
-class JobFailed(Exception):
-    """The request cannot be met; ``code`` and ``detail`` are for the client and hold no text."""
-
-    def __init__(self, code: str, detail: str, metrics: dict[str, Any] | None = None) -> None:
-        super().__init__(code)
-        self.code = code
-        self.detail = detail
-        self.metrics = metrics
-
-
-class Stopped(Exception):
-    """The job was told to stop (shutdown, cancellation or a lost lease) before it had a prompt."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,7 +172,7 @@ class _Job:
             if claim.attempt < self.settings.max_attempts:
                 raise
             log.error("%s: the last attempt broke off: %s", claim.request_id, where(error))
-            self.end_failed(_last_word(error))
+            self.end_failed(last_word(error))
             outcome = "failed"
         log.info("%s: attempt %d ends: %s", claim.request_id, claim.attempt, outcome)
 
@@ -438,23 +425,3 @@ class _Job:
                     raise
                 log.warning("%s: database away, trying again (%s)", self.claim.request_id, type(error).__name__)
             self.heartbeat.lost.wait(RETRY_SECONDS)
-
-
-def training_config(settings: Settings, options: dict[str, Any]) -> TrainingConfig:
-    """The mode's defaults, then the settings' knobs, then those of the request's options that are the training's."""
-    names = {f.name for f in fields(TrainingConfig)}
-    knobs = {name: getattr(settings, name) for name in names if getattr(settings, name, None) is not None}
-    knobs |= {name: value for name, value in options.items() if name in names and value is not None}
-    return replace(ROUTED_TRAINING if settings.mode == Mode.ROUTED else TrainingConfig(), **knobs)
-
-
-def _last_word(error: Exception) -> JobFailed:
-    """What a client learns of an error that nobody foresaw: its kind, never its message."""
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator has no type
-    )
-    if no_memory:
-        return JobFailed("out-of-memory", "training does not fit the memory of this worker")
-    if isinstance(error, LetheonError):
-        return JobFailed("internal", f"{error.code}: {error.detail}")
-    return JobFailed("internal", f"training broke off with {type(error).__name__}")

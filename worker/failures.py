@@ -1,0 +1,35 @@
+"""How a job can end other than well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from app.errors import LetheonError
+
+
+class JobFailed(Exception):
+    """The request cannot be met; ``code`` and ``detail`` are for the client and hold no text."""
+
+    def __init__(self, code: str, detail: str, metrics: dict[str, Any] | None = None) -> None:
+        super().__init__(code)
+        self.code = code
+        self.detail = detail
+        self.metrics = metrics
+
+
+class Stopped(Exception):
+    """The job was told to stop (shutdown, cancellation or a lost lease) before it had a prompt."""
+
+
+def last_word(error: Exception) -> JobFailed:
+    """What a client learns of an error that nobody foresaw: its kind, never its message."""
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator has no type
+    )
+    if no_memory:
+        return JobFailed("out-of-memory", "training does not fit the memory of this worker")
+    if isinstance(error, LetheonError):
+        return JobFailed("internal", f"{error.code}: {error.detail}")
+    return JobFailed("internal", f"training broke off with {type(error).__name__}")
