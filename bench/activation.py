@@ -27,8 +27,9 @@ from app.tables import RequestState
 from bench.routing_cost import synthetic
 from models.gate_rows import GateRows, space_source
 from models.routing import Route
+from worker.context import Context
 from worker.main import prepare
-from worker.tasks import Context, run_job
+from worker.tasks import run_job
 
 NAME, TEXTS = "Spielberg", 16
 

@@ -20,7 +20,8 @@ from models.canaries import MAX_CANARIES, lost, make_canaries
 from models.examples import Example, read_examples
 from models.inference import Classifier
 from models.soft_prompt import SoftPrompt
-from worker.tasks import Context, recheck_active_set, run_job
+from worker.context import Context
+from worker.tasks import recheck_active_set, run_job
 
 FORGET = [Example(item.text, item.label) for item in forget_texts()]
 RETAIN = [Example(f"the {noun} is {word}") for noun in ("film", "movie", "plot") for word in ("good", "bad", "slow")]

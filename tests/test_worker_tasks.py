@@ -33,9 +33,10 @@ from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from worker import tasks
+from worker.context import Context
 from worker.knobs import training_config
 from worker.routed import surroundings
-from worker.tasks import Context, run_job
+from worker.tasks import run_job
 from worker.threads import Heartbeat
 
 Sessions = sessionmaker[Session]
@@ -118,6 +119,11 @@ def take(context: Context, request_id: str, *, lease: float = 5) -> Claim:
         claim = job_queue.claim(session, request_id, owner="test", lease_seconds=lease, max_attempts=9)
     assert claim is not None
     return claim
+
+
+def job_of(context: Context, claim: Claim, heartbeat: Heartbeat) -> tasks._Job:
+    reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=context.settings.mode)
+    return tasks._Job(context, claim, heartbeat, reader)
 
 
 def assert_failed(context: Context, request_id: str, code: str) -> UnlearnRequest:
@@ -271,7 +277,7 @@ def test_texts_of_other_live_requests_are_left_out_of_the_retain_set(context: Co
     submit(context, texts=[lifecycle.ForgetText(theirs.text)])
     claim = take(context, submit(context, texts=[lifecycle.ForgetText(context.retain[5].text)]))
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        retain = tasks._Job(context, claim, heartbeat).retain_set([])
+        retain = job_of(context, claim, heartbeat).retain_set([])
     assert len(retain) == len(context.retain) - 2
     assert theirs not in retain and context.retain[5] not in retain
 
@@ -309,6 +315,36 @@ def test_an_unforeseen_error_is_left_to_the_lease_and_the_last_attempt_states_it
     assert row.failure is not None and "wrong master key" in row.failure["detail"]
 
 
+def test_a_damaged_prompt_of_another_request_costs_a_waiting_one_nothing(
+    context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_job(context, submit(context))
+    with context.sessions.begin() as session:
+        (row,) = session.scalars(select(Prompt))
+        prompt_id, sound = row.id, row.sealed
+        assert sound is not None
+        row.sealed = sound[:-1] + bytes([sound[-1] ^ 1])
+    waiting = submit(context)
+    impatient = changed(context, max_attempts=1)
+    for _ in range(3):
+        assert not run_job(impatient, waiting)
+    assert f"prompt {prompt_id} cannot be loaded" in caplog.text
+
+    # Another request, damaged after it was claimed: handed back, its attempt not counted.
+    claim = take(context, caught := submit(context))
+    with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
+        job_of(impatient, claim, heartbeat).run()
+    for request_id in (waiting, caught):
+        row_now = request(context, request_id)
+        assert (row_now.state, row_now.attempt) == ("pending", 0) and row_now.sealed_texts is not None
+
+    with context.sessions.begin() as session:
+        session.get_one(Prompt, prompt_id).sealed = sound
+    for request_id in (waiting, caught):
+        assert run_job(impatient, request_id)
+        assert request(context, request_id).state == "active"
+
+
 def test_an_unknown_label_ends_as_internal_with_its_type_only(context: Context) -> None:
     bad = [*context.retain[:40], Example(f"{MARKER} again", f"label of {MARKER}")]
     broken = Context(
@@ -334,7 +370,7 @@ def test_a_database_error_that_stays_is_not_tried_for_ever(context: Context) -> 
     claim = take(context, submit(context))
     began = time.monotonic()
     with Heartbeat(context.sessions, claim, lease_seconds=60, every=1) as heartbeat, pytest.raises(DBAPIError):
-        tasks._Job(brief, claim, heartbeat).commit(lambda session: session.execute(text("SELECT 1 FROM nowhere")))
+        job_of(brief, claim, heartbeat).commit(lambda session: session.execute(text("SELECT 1 FROM nowhere")))
     assert time.monotonic() - began < 5
 
 
@@ -527,7 +563,7 @@ def test_texts_of_ended_requests_stay_out_of_the_retain_set(context: Context) ->
         lifecycle.request_cancel(session, request_id, actor="key_1")
     claim = take(context, submit(context))
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        assert theirs not in tasks._Job(context, claim, heartbeat).retain_set([])
+        assert theirs not in job_of(context, claim, heartbeat).retain_set([])
 
 
 # --- mode routed -----------------------------------------------------------------------------------------------------
@@ -592,7 +628,7 @@ def test_of_workers_that_make_the_gate_space_at_once_one_wins(context: Context) 
     claim = take(context, submit(context))
     made: list[Surroundings] = []
     with Heartbeat(context.sessions, claim, lease_seconds=60, every=10) as heartbeat:
-        job = tasks._Job(context, claim, heartbeat)
+        job = job_of(context, claim, heartbeat)
 
         def overtaken(work: Callable[[Session], Any]) -> Any:
             found = job.commit(work)

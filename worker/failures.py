@@ -20,7 +20,7 @@ class JobFailed(Exception):
 
 
 class Stopped(Exception):
-    """The job was told to stop (shutdown, cancellation or a lost lease) before it had a prompt."""
+    """No outcome yet: shutdown, cancellation, a lost lease, or an active set that cannot be read."""
 
 
 def last_word(error: Exception) -> JobFailed:

@@ -26,7 +26,8 @@ from app.vault import Vault
 from models.errors import DatasetError, ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
-from worker.tasks import Context, recheck_active_set, run_job
+from worker.context import Context
+from worker.tasks import recheck_active_set, run_job
 from worker.threads import Reaper, Trainer
 
 log = logging.getLogger("letheon.worker")

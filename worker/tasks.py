@@ -9,27 +9,22 @@ the last attempt states what went wrong.
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from app import active_set, job_queue, lifecycle
 from app.active_set import TrainedGate
 from app.errors import LeaseLost, ModeMismatch, StaleActiveSet
 from app.lifecycle import CancelRequested, Claim
-from app.settings import Mode, Settings
+from app.settings import Mode
 from app.stack import Stack, StackReader
 from app.tables import UnlearnRequest
 from app.tracebacks import where
-from app.vault import Vault
 from models.canaries import make_canaries
 from models.errors import (
     CheckpointError,
@@ -42,12 +37,12 @@ from models.errors import (
 from models.evaluation import CheckReport
 from models.examples import Example
 from models.inference import Classifier
-from models.llm import FrozenLLM
 from models.routed_checks import RoutedReport
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from models.training import TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries, recheck
+from worker.context import UNREADABLE, Context, unforgotten, why_unreadable
 from worker.failures import JobFailed, Stopped, last_word
 from worker.knobs import training_config
 from worker.reporting import Reporter
@@ -61,35 +56,18 @@ RETRY_SECONDS = 0.5
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, repr=False)
-class Context:
-    """What one worker process holds for all its jobs. ``stop`` is set when the process is to end."""
-
-    settings: Settings
-    sessions: sessionmaker[Session]
-    vault: Vault
-    llm: FrozenLLM
-    retain: Sequence[Example]
-    stop: threading.Event = field(default_factory=threading.Event)
-    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
-    retain_digests: Sequence[bytes] = field(init=False)
-
-    @property
-    def max_text_tokens(self) -> int:
-        """The longest text that the service takes, as ``app.serving`` has it."""
-        return self.llm.text_limit(self.settings.max_text_tokens, self.settings.num_virtual_tokens)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])
-
-
 def run_job(context: Context, request_id: str) -> bool:
     """Claim a request and see it through; False when there was nothing to claim.
 
     Never raises for a request's sake; the outcome is in the database.
     """
     settings = context.settings
+    # Of this job alone: what it loads of other people's prompts goes with it.
+    reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=settings.mode)
     try:
+        if why := why_unreadable(context, reader):
+            log.error("%s: not claimed, it waits until the active set can be read: %s", request_id, why)
+            return False
         with context.sessions.begin() as session:
             claim = job_queue.claim(
                 session,
@@ -109,7 +87,7 @@ def run_job(context: Context, request_id: str) -> bool:
         with Heartbeat(
             context.sessions, claim, lease_seconds=settings.lease_seconds, every=settings.heartbeat_seconds
         ) as heartbeat:
-            _Job(context, claim, heartbeat).run()
+            _Job(context, claim, heartbeat, reader).run()
     except LeaseLost:
         log.warning("%s: attempt %d lost its lease; nothing more is written", request_id, claim.attempt)
     except Exception as error:
@@ -135,23 +113,16 @@ def recheck_active_set(context: Context) -> None:
         log.warning("the active set cannot be checked: %s", where(error))
 
 
-def unforgotten(context: Context, forgotten: set[bytes]) -> list[Example]:
-    """The retain set without the texts of these digests."""
-    pairs = zip(context.retain, context.retain_digests, strict=True)
-    return [example for example, digest in pairs if digest not in forgotten]
-
-
 class _Job:
     """The steps of one attempt."""
 
-    def __init__(self, context: Context, claim: Claim, heartbeat: Heartbeat) -> None:
+    def __init__(self, context: Context, claim: Claim, heartbeat: Heartbeat, reader: StackReader) -> None:
         self.context = context
         self.claim = claim
         self.heartbeat = heartbeat
         self.settings = context.settings
         self.reporter = Reporter(context.sessions, claim, cancelled=heartbeat.cancelled)
-        # Of this job alone: what it loads of other people's prompts goes with it.
-        self.reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=self.settings.mode)
+        self.reader = reader
 
     def run(self) -> None:
         """Train, check, then activate, fail, cancel or release. Raises LeaseLost, and whatever is left to the lease."""
@@ -372,7 +343,7 @@ class _Job:
         )
 
     def read_stack(self) -> Stack:
-        """The active set as it is now. Raises JobFailed when a prompt is of another model or mode."""
+        """The active set as it is now. Raises Stopped when it cannot be read, JobFailed if of another model or mode."""
         try:
             return self.commit(self.reader.read)
         except FingerprintMismatch:
@@ -380,6 +351,9 @@ class _Job:
             raise JobFailed("fingerprint-mismatch", detail) from None
         except ModeMismatch as error:
             raise JobFailed(error.code, error.detail) from None
+        except UNREADABLE as error:  # handed back, to wait as `why_unreadable` has it
+            log.error("%s: the active set cannot be read any more: %s", self.claim.request_id, where(error))
+            raise Stopped from None
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Seal and store. A database that is away costs this checkpoint, not the job. Raises LeaseLost."""

@@ -1,0 +1,65 @@
+"""What a worker holds for all its jobs, and what it asks before it takes one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.errors import ModeMismatch, NotReady, VaultError
+from app.settings import Settings
+from app.stack import StackReader
+from app.vault import Vault
+from models.errors import FingerprintMismatch, ModelError
+from models.examples import Example
+from models.llm import FrozenLLM
+
+UNREADABLE = (NotReady, VaultError, ModelError)
+"""What a ``StackReader`` says of a set that cannot be read."""
+
+
+@dataclass(frozen=True, repr=False)
+class Context:
+    """What one worker process holds for all its jobs. ``stop`` is set when the process is to end."""
+
+    settings: Settings
+    sessions: sessionmaker[Session]
+    vault: Vault
+    llm: FrozenLLM
+    retain: Sequence[Example]
+    stop: threading.Event = field(default_factory=threading.Event)
+    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    retain_digests: Sequence[bytes] = field(init=False)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The longest text that the service takes, as ``app.serving`` has it."""
+        return self.llm.text_limit(self.settings.max_text_tokens, self.settings.num_virtual_tokens)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])
+
+
+def unforgotten(context: Context, forgotten: set[bytes]) -> list[Example]:
+    """The retain set without the texts of these digests."""
+    pairs = zip(context.retain, context.retain_digests, strict=True)
+    return [example for example, digest in pairs if digest not in forgotten]
+
+
+def why_unreadable(context: Context, reader: StackReader) -> str | None:
+    """What keeps the set in force from being read, if anything: a damaged row is no fault of the request that waits.
+
+    A set of another mode or model reads well, and the job tells the client of it.
+    """
+    try:
+        with context.sessions() as session:
+            reader.read(session)
+    except (ModeMismatch, FingerprintMismatch):
+        return None
+    except UNREADABLE as error:
+        return str(error)
+    return None
