@@ -21,13 +21,15 @@ from app.defaults import load_arguments
 from app.pull import reviews_dir
 from app.settings import get_settings
 from app.vault import Vault
-from models.examples import read_examples
+from models.examples import collate, read_examples
 from models.gate import NEVER, Gate, GateSpace, best_cosines
 from models.gate_rows import GateRows
 from models.inference import Classifier
 from models.llm import FrozenLLM
+from models.prefix_cache import Prefix, last_hidden
 from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
+from models.text_states import text_states
 
 GATE_ROWS = 4096
 
@@ -155,11 +157,12 @@ def measure(
         "memory_mib_per_request": round(held / 2**20, 4),
         "computed_mib_per_request_7b": round(memory_7b(directions) / 2**20, 3),
         **claimed_cost(classifier, space, queries, rounds=rounds),
+        **arrangements(classifier, queries[:64], rounds=rounds),
     }
 
 
 def paired(a: list[float], b: list[float]) -> list[float]:
-    """Ratios within a round: what slows the machine slows both."""
+    """Ratios a / b within a round: what slows the machine slows both."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
@@ -206,6 +209,44 @@ def claimed_cost(classifier: Classifier, space: GateSpace, queries: list[str], *
         for name in ("apart", "shared"):
             found[f"claimed_{share}_of_64_{name}_over_bare"] = round(statistics.median(seconds[name]) / base, 3)
     return found
+
+
+def arrangements(classifier: Classifier, texts: list[str], *, rounds: int, claimed: int = 8) -> dict[str, float]:
+    """What the parts of a claimed batch cost, over one pass of all ``texts``.
+
+    The layers that gates read alone: the rest is what a gate read early could spare a claimed text. Then ``claimed``
+    rows, each behind a prompt of its own: one after another, as the service does, and in one batch with a prefix of
+    its own for each row. Raises SystemExit when the two do not agree.
+    """
+    llm = classifier.llm
+    draw = torch.Generator().manual_seed(11)
+    embeddings = [0.05 * torch.randn(30, llm.hidden_size, generator=draw) for _ in range(claimed)]
+    prefixes = [prefix for e in embeddings if (prefix := classifier.prefix([SoftPrompt(e, llm.fingerprint)]))]
+    rows = llm.rows(texts[:claimed])
+
+    def apart() -> torch.Tensor:
+        ones = [last_hidden(llm, collate([row], llm.device), p) for row, p in zip(rows, prefixes, strict=True)]
+        return torch.cat(ones)
+
+    def mixed() -> torch.Tensor:
+        layers = [
+            (torch.cat([keys for keys, _, _ in layer]), torch.cat([values for _, values, _ in layer]), layer[0][2])
+            for layer in zip(*(p.layers for p in prefixes), strict=True)
+        ]
+        return last_hidden(llm, collate(rows, llm.device), Prefix(tuple(layers), prefixes[0].length))
+
+    with torch.no_grad():
+        if not torch.allclose(apart(), mixed(), rtol=1e-2, atol=1e-2):
+            raise SystemExit("rows in one batch with prefixes of their own differ from rows one by one")
+        ways: dict[str, Callable[[int], object]] = {
+            "pass": lambda _: classifier.base_pass(texts),
+            "gate_layers": lambda _: text_states(llm, texts, prefix=classifier.prefix(()), batch_size=32),
+            f"{claimed}_prompts_apart": lambda _: apart(),
+            f"{claimed}_prompts_in_one_batch": lambda _: mixed(),
+        }
+        seconds = interleaved(ways, rounds)
+    whole = seconds.pop("pass")
+    return {f"{name}_over_pass": round(statistics.median(paired(found, whole)), 3) for name, found in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ MODES: dict[str, tuple[float, float | None]] = {
 BATCH = 32
 MAX_CONCATENATED = 4  # it is broken by then
 LATENCY_TEXTS = 60
-LATENCY_KS = (1, 8, 32)
 
 
 @dataclass(frozen=True, repr=False)
@@ -347,7 +346,7 @@ def cost(run: Bench, routes: Routes) -> dict[str, Any]:
         texts = [row.text for row in run.held_out]
         sets = {
             f"k={k}": Routes(routes.routes[:k], routes.spaces, fingerprint=run.llm.fingerprint)
-            for k in LATENCY_KS
+            for k in KS
             if k <= len(routes)
         }
 
