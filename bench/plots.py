@@ -19,6 +19,7 @@ COLOURS = {
     "concatenate": "#8250df",
     "routed prompts concatenated": "#cf222e",
 }
+SERVED = 0.002  # of the frontier's rates: the service's default
 STYLE: Any = {
     "svg.hashsalt": "letheon",  # the same file for the same numbers
     "font.size": 9,
@@ -92,6 +93,9 @@ def frontier(found: dict[str, Any]) -> Any:
             for row in (row for row in rows if row["rate"] is None):
                 x, y = [100 * row["prompt_false"]], [100 * row["prompt_unseen"]]
                 panel.plot(x, y, "X", color="#cf222e", label="prompt alone")
+            for row in (row for row in curve if row["rate"] == SERVED):
+                x, y = [100 * row["routed_false"]], [100 * row["routed_unseen"]]
+                panel.plot(x, y, "*", markersize=10, color="#2da44e", label="the service's default")
             panel.set_title(f"{kind}, {size} text{'s' if size > 1 else ''}", fontsize=9)
             panel.set_xscale("symlog", linthresh=0.05)
             panel.set_xlim(-0.01, 40)
@@ -100,7 +104,7 @@ def frontier(found: dict[str, Any]) -> Any:
         line[0].set_ylabel("unseen recall, %")
     figure.supxlabel("false abstain on held-out texts, %", fontsize=9)
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
