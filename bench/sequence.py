@@ -43,6 +43,7 @@ from models.examples import Example
 from models.gate import GateSpace, fit_gate
 from models.gate_rows import GateRows
 from models.inference import Classifier, answer_scores
+from models.metrics import difference
 from models.routed_checks import claimed_rows
 from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
@@ -174,9 +175,9 @@ class Answers:
             known.update((i, a.label) for i, a in zip(missing, answers, strict=True))
         return {i: known[i] for i in wanted}
 
-    def accuracy(self, changed: Mapping[int, str], place: range) -> float:
-        """Of labelled rows, where the answers are the base model's but for those in ``changed``."""
-        return sum(changed.get(i, self.base[i].label) == self.rows[i].label for i in place) / len(place)
+    def right(self, changed: Mapping[int, str], place: range) -> torch.Tensor:
+        """Of labelled rows (n,) whether they are right; the answers are the base model's but for ``changed``."""
+        return torch.tensor([changed.get(i, self.base[i].label) == self.rows[i].label for i in place])
 
 
 def routed(answers: Answers, routes: Routes) -> dict[int, str]:
@@ -209,7 +210,8 @@ def figures(answers: Answers, persons: Sequence[Person], changed: Mapping[int, s
     own = [rate(answers.places[f"own {p.name}"]) for p in persons]
     unseen = [rate(answers.places[f"unseen {p.name}"]) for p in persons]
     held_out, others = answers.places["held out"], answers.places["others"]
-    base = answers.accuracy({}, held_out)
+    before, after = answers.right({}, held_out), answers.right(changed, held_out)
+    drop = difference(before, after)
     return {
         "own_first": own[0],
         "own_worst": min(own),
@@ -217,8 +219,9 @@ def figures(answers: Answers, persons: Sequence[Person], changed: Mapping[int, s
         "unseen_first": unseen[0],
         "unseen_worst": min(unseen),
         "unseen_mean": sum(unseen) / len(unseen),
-        "retain_drop": base - answers.accuracy(changed, held_out),
-        "retain_base": base,
+        "retain_drop": drop.mean,
+        "retain_drop_interval": [drop.low, drop.high],  # 95 %, over the held-out rows
+        "retain_base": float(before.double().mean()),
         "false_abstain": rate(held_out),
         "false_abstain_other_people": rate(others),
     }

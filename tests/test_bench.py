@@ -67,6 +67,7 @@ def test_figures_by_hand() -> None:
     assert (found["own_first"], found["own_worst"], found["own_mean"]) == (0.5, 0.5, 0.75)
     assert (found["unseen_first"], found["unseen_worst"], found["unseen_mean"]) == (1.0, 0.0, 0.5)
     assert found["retain_base"] == 0.75 and found["retain_drop"] == 0.0  # one lost, one won
+    assert found["retain_drop_interval"] == pytest.approx([-0.75, 0.75], abs=0.25)
     assert (found["false_abstain"], found["false_abstain_other_people"]) == (0.25, 0.0)
     guarded = sequence.guard(answers, persons, changed)
     assert guarded[1] == "unknown" and sequence.figures(answers, persons, guarded)["own_worst"] == 1.0

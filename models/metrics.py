@@ -1,0 +1,125 @@
+"""Figures of merit from answers already at hand: pure functions of tensors, nothing here runs a model.
+
+Scores are "higher = more so": an attack's score is higher for what it takes for a member.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its percentile-bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Tensor, *, seed: int = 0, draws: int = 2000, level: float = 0.95) -> Estimate:
+    """Of the mean of ``values`` (n,): percentile bootstrap (Efron 1979) over rows. Raises ValueError for none.
+
+    It knows the spread between rows, not that between training runs.
+    """
+    if not len(values):
+        raise ValueError("no values to estimate a mean from")
+    values = values.double()
+    draw = torch.Generator().manual_seed(seed)
+    means = torch.stack(
+        [values[torch.randint(len(values), (len(values),), generator=draw)].mean() for _ in range(draws)]
+    )
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
+    return Estimate(float(values.mean()), low, high)
+
+
+def difference(a: Tensor, b: Tensor, *, seed: int = 0, draws: int = 2000, level: float = 0.95) -> Estimate:
+    """Of mean(a) - mean(b), (n,) each, on the same rows in the same order: what both find hard cancels out."""
+    if a.shape != b.shape:
+        raise ValueError(f"{len(a)} and {len(b)} values are not of the same rows")
+    return bootstrap(a.double() - b.double(), seed=seed, draws=draws, level=level)
+
+
+def auc(members: Tensor, others: Tensor) -> float:
+    """Area under the ROC curve of a score, (m,) and (n,): P(member > other) + P(equal) / 2 (Mann and Whitney 1947)."""
+    if not len(members) or not len(others):
+        raise ValueError("an ROC curve needs members and others")
+    ordered = others.double().sort().values
+    below = torch.searchsorted(ordered, members.double(), right=False)
+    upto = torch.searchsorted(ordered, members.double(), right=True)
+    return float((below + upto).double().mean() / (2 * len(others)))
+
+
+def tpr_at_fpr(members: Tensor, others: Tensor, fpr: float) -> float:
+    """Share of members above the lowest threshold that at most ``fpr`` of the others pass (Carlini et al. 2022, §4).
+
+    With fewer than 1 / fpr others no other may pass.
+    """
+    if not len(members) or not len(others):
+        raise ValueError("an ROC curve needs members and others")
+    allowed = int(fpr * len(others) + 1e-9)
+    ordered = others.double().sort(descending=True).values
+    if allowed == len(ordered):
+        return 1.0
+    return float((members.double() > ordered[allowed]).double().mean())
+
+
+def lira(scores: Tensor, inside: Tensor, target: Tensor) -> Tensor:
+    """Likelihood-ratio attack with known in and out models (Carlini et al. 2022, eq. 4), (n,): log p_in - log p_out.
+
+    ``scores``: (models, n), of each row under each shadow model; ``inside`` (models, n): whether that model was trained
+    on the row; ``target`` (n,): scores under the attacked model. A normal distribution per row; the variances are
+    pooled over rows, as the paper does when there are few models. Raises ValueError when a row lacks either kind.
+    """
+    held = inside.double()
+    counts_in, counts_out = held.sum(0), (1 - held).sum(0)
+    if not bool((counts_in > 0).all() and (counts_out > 0).all()):
+        raise ValueError("every row needs a shadow model that was trained on it and one that was not")
+    scores, target = scores.double(), target.double()
+    mean_in = (scores * held).sum(0) / counts_in
+    mean_out = (scores * (1 - held)).sum(0) / counts_out
+    spread = 1e-12
+    var_in = ((scores - mean_in).square() * held).sum() / held.sum() + spread
+    var_out = ((scores - mean_out).square() * (1 - held)).sum() / (1 - held).sum() + spread
+
+    def log_density(mean: Tensor, var: Tensor) -> Tensor:
+        return -0.5 * ((target - mean).square() / var + var.log())
+
+    return log_density(mean_in, var_in) - log_density(mean_out, var_out)
+
+
+def scaled_confidence(probability: Tensor) -> Tensor:
+    """log(p / (1 - p)) of the true label's probability: what LiRA takes for normal (Carlini et al. 2022, eq. 3)."""
+    probability = probability.double().clamp(1e-12, 1 - 1e-12)
+    return probability.log() - torch.log1p(-probability)
+
+
+def drift(served: Tensor, base: Tensor) -> Tensor:
+    """KL(base ‖ served) of each row from probabilities (n, c), in nats: what serving changed for texts to retain."""
+    base, served = base.double().clamp_min(1e-12), served.double().clamp_min(1e-12)
+    return (base * (base.log() - served.log())).sum(-1)
+
+
+def flips(served: Tensor, base: Tensor) -> Tensor:
+    """Whether the answer changed, (n,) bool, from answers as ids (n,)."""
+    return served != base
+
+
+def oracle_gap(unlearned: Tensor, oracle: Tensor) -> float:
+    """Mean total variation distance between answers (n, c) and those of a model that never saw the forget set.
+
+    0: cannot be told apart. A service that abstains is far from an oracle, which guesses: see ``streisand``.
+    """
+    return float((unlearned.double() - oracle.double()).abs().sum(-1).mean() / 2)
+
+
+def privleak(after: float, retrained: float) -> float:
+    """MUSE's PrivLeak (2407.06460, eq. 3), percent, from AUCs of members (forget) against never-trained texts.
+
+    0 is ideal, below it membership still shows, above it the model over-forgets. open-unlearning reports 1 - AUC.
+    """
+    return 100 * (after - retrained) / retrained

@@ -1,0 +1,117 @@
+"""Hand-worked numbers for the figures of merit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.metrics import (
+    auc,
+    bootstrap,
+    difference,
+    drift,
+    flips,
+    lira,
+    oracle_gap,
+    privleak,
+    scaled_confidence,
+    tpr_at_fpr,
+)
+
+scores = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.double))
+
+
+def test_bootstrap_by_hand() -> None:
+    """Of 400 coin throws, 100 heads: the normal approximation is 0.25 ± 1.96·√(0.25·0.75/400)."""
+    found = bootstrap(torch.tensor([1.0] * 100 + [0.0] * 300))
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert found.mean == 0.25
+    assert (found.low, found.high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
+    assert bootstrap(torch.ones(5)).low == 1.0
+    assert bootstrap(torch.tensor([0.0, 1.0]), seed=3) == bootstrap(torch.tensor([0.0, 1.0]), seed=3)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap(torch.empty(0))
+
+
+def test_a_difference_is_paired() -> None:
+    hard = torch.tensor([0.0, 1.0] * 50)
+    found = difference(hard, hard)
+    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="100 and 2"):
+        difference(hard, hard[:2])
+
+
+def test_auc_by_hand() -> None:
+    # Pairs (3,1) (3,2) (2,1) win, (2,2) ties: (3 + 1/2) / 4.
+    assert auc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0])) == pytest.approx(3.5 / 4)
+    with pytest.raises(ValueError, match="members and others"):
+        auc(torch.empty(0), torch.ones(1))
+
+
+@given(scores, scores)
+def test_auc_is_the_share_of_pairs(members: torch.Tensor, others: torch.Tensor) -> None:
+    pairs = [(a > b) + (a == b) / 2 for a in members.tolist() for b in others.tolist()]
+    assert auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
+    assert auc(members, others) + auc(others, members) == pytest.approx(1)
+
+
+def test_tpr_at_fpr_by_hand() -> None:
+    others = torch.arange(100.0)  # 1 % may pass: 99 does, so the threshold is 98
+    members = torch.tensor([97.0, 98.0, 98.5, 200.0])
+    assert tpr_at_fpr(members, others, 0.01) == 0.5
+    assert tpr_at_fpr(members, others, 0.0) == 0.25
+    assert tpr_at_fpr(members, others[:50], 0.01) == 1.0  # of fifty others none may pass, and none does
+    assert tpr_at_fpr(members, others, 1.0) == 1.0
+
+
+@given(scores, scores, st.floats(0, 1))
+def test_tpr_keeps_the_false_positive_rate(members: torch.Tensor, others: torch.Tensor, fpr: float) -> None:
+    rate = tpr_at_fpr(members, others, fpr)
+    thresholds = [*others.tolist(), float("-inf")]
+    fits = [t for t in thresholds if float((others > t).double().mean()) <= fpr + 1e-9]
+    assert rate == max(float((members > t).double().mean()) for t in fits)
+
+
+def test_lira_by_hand() -> None:
+    """One row, in-models score 2 and 4, out-models -1 and 1: N(3, 1) against N(0, 1)."""
+    shadow = torch.tensor([[2.0], [4.0], [-1.0], [1.0]])
+    inside = torch.tensor([[True], [True], [False], [False]])
+    for target in (0.0, 1.5, 3.0):
+        expected = -0.5 * (target - 3) ** 2 + 0.5 * target**2
+        assert float(lira(shadow, inside, torch.tensor([target]))) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="shadow model"):
+        lira(shadow, torch.ones_like(inside), torch.tensor([0.0]))
+
+
+def test_lira_tells_members_from_others() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inside = torch.rand(8, 300, generator=draw) < 0.5
+    inside[0], inside[1] = True, False
+    hardness = torch.randn(300, generator=draw) * 3
+    shadow = hardness + inside * 2.0 + torch.randn(8, 300, generator=draw) * 0.5
+    member = torch.rand(300, generator=draw) < 0.5
+    target = hardness + member * 2.0 + torch.randn(300, generator=draw) * 0.5
+    ratio = lira(shadow, inside, target)
+    assert auc(ratio[member], ratio[~member]) > 0.97 > 0.75 > auc(target[member], target[~member])
+
+
+def test_scaled_confidence_by_hand() -> None:
+    found = scaled_confidence(torch.tensor([0.5, 0.75, 1.0, 0.0]))
+    assert found[:2].tolist() == pytest.approx([0.0, math.log(3)])
+    assert torch.isfinite(found).all()
+
+
+def test_drift_and_flips_by_hand() -> None:
+    base, served = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]])
+    forward = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert drift(served, base).tolist() == pytest.approx([forward, 0.0], abs=1e-9)
+    assert flips(torch.tensor([1, 2]), torch.tensor([1, 3])).tolist() == [False, True]
+
+
+def test_oracle_gap_and_privleak_by_hand() -> None:
+    assert oracle_gap(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])) == 0.5
+    assert privleak(0.6, 0.5) == pytest.approx(20.0)
