@@ -179,16 +179,15 @@ def train_soft_prompt(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, total, config.warmup_steps)
 
-        shared = _prefix(llm, behind, phi)
-        rows = [*(batches.forget_rows[i] for i in forget_rows), *(batches.retain_rows[i] for i in retain_rows)]
-        logits = llm.logits(_hidden_by_length(llm, rows, shared))
-        on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
         teacher_logits, label_ids = teacher.logits(retain_rows), teacher.label_ids(retain_rows)
-        kl = retain_kl(on_retain, teacher_logits)
-        terms = (
-            forget_ce(on_forget, batches.generic_ids[forget_rows]),
-            retain_ce(on_retain, label_ids),
-            kl.mean(),
+        terms, kl = spul_terms(
+            llm,
+            phi if behind is None else torch.cat([behind.to(phi.device), phi]),
+            [batches.forget_rows[i] for i in forget_rows],
+            batches.generic_ids[forget_rows],
+            [batches.retain_rows[i] for i in retain_rows],
+            teacher_logits,
+            label_ids,
         )
         loss = spul_loss(*terms, alpha=config.alpha, beta=config.beta)
         if not torch.isfinite(loss):
@@ -228,6 +227,25 @@ def train_soft_prompt(
     teacher.save()
     prompt = SoftPrompt(mean.detach().float().cpu().clone(), llm.fingerprint)
     return TrainingResult(prompt, step, stopped, time.monotonic() - started, start)
+
+
+def spul_terms(
+    llm: FrozenLLM,
+    soft: Tensor,
+    forget_rows: list[list[int]],
+    generic_ids: Tensor,
+    retain_rows: list[list[int]],
+    teacher_logits: Tensor,
+    label_ids: Tensor,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """(L_f, L_r, L_kl) of one step, and the KL of each retain row (R,). ``soft`` (p, d); teacher_logits (R, V).
+
+    Rows are token ids of text and tail: ``soft`` and the template's head are run once for all of them.
+    """
+    logits = llm.logits(_hidden_by_length(llm, [*forget_rows, *retain_rows], compute_prefix(llm, soft)))
+    on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
+    kl = retain_kl(on_retain, teacher_logits)
+    return (forget_ce(on_forget, generic_ids), retain_ce(on_retain, label_ids), kl.mean()), kl
 
 
 def planned_steps(config: TrainingConfig, forget_rows: int) -> int:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PromptEncoderConfig, get_peft_model
 from tiny_models import make_tiny_model
 
-from bench import plots, routing_cost, sequence
+from bench import plots, routing_cost, sequence, training
 from models.examples import Example
 from models.gate import fit_space
 from models.inference import Classification, Classifier
 from models.llm import FrozenLLM
+from models.teacher import Teacher
 from models.text_states import text_states
 
 WORDS = ["the", "film", "is", "good", "bad", "movie", "great", "awful", "director", "acting", "plot", "story", "scene"]
@@ -94,3 +96,24 @@ def test_synthetic_gates_claim_nothing_of_the_traffic(llm: FrozenLLM) -> None:
     for route in routing_cost.synthetic(llm, space, states, 8, 3):
         claimed = space.points(states) @ route.gate.directions.T > route.gate.threshold
         assert not torch.any(claimed)
+
+
+def test_all_ways_of_a_training_step_have_one_loss(llm: FrozenLLM) -> None:
+    """Else their speeds could not be compared: Letheon's, naive and PEFT's, of the same φ."""
+    examples = [Example(text, ("positive", "negative")[i % 2]) for i, text in enumerate(TEXTS[:40])]
+    rows, teacher = training.pick(llm, examples, 3, 5, seed=1), Teacher(llm, examples)
+    labels = teacher.label_ids(rows.picked)
+    torch.manual_seed(0)
+    encoder = PromptEncoderConfig(
+        task_type="CAUSAL_LM", peft_type="P_TUNING", num_virtual_tokens=training.TOKENS, encoder_hidden_size=16
+    )
+    model = get_peft_model(llm.model, encoder)
+    phi = torch.nn.Parameter(model.get_prompt(1)[0].detach().clone())
+    ids, lengths = training.padded(llm, [*rows.forget, *rows.retain])
+    found = [
+        training.own_loss(llm, phi, rows, teacher),
+        training.naive_loss(llm, phi, rows, labels),
+        training.peft_loss(model, {"rows": rows, "ids": ids, "lengths": lengths, "label_ids": labels}),
+    ]
+    assert [float(loss.detach()) for loss in found] == pytest.approx([float(found[0].detach())] * 3, rel=1e-4)
+    assert training.gradient_difference(llm, examples) < 1e-4
