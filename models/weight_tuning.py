@@ -99,11 +99,8 @@ def unlearn_by_tuning(
                 last = hidden[torch.arange(len(batch), device=exact.device), batch.lengths - 1]
             logits = exact.logits(last.to(exact.dtype))
             on_forget = picked < len(forget)
-            before = (
-                None
-                if as_it_was is None
-                else as_it_was[(picked - len(forget))[~on_forget].cpu()].to(exact.device).float()
-            )
+            retained = (picked[~on_forget] - len(forget)).cpu()
+            before = None if as_it_was is None else as_it_was[retained].to(exact.device).float()
             loss = unlearning_loss(config.method, logits, targets[picked], on_forget, before)
             if not torch.isfinite(loss):
                 raise TrainingDiverged(f"{config.method}: the loss is not finite at step {step}")
