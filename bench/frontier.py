@@ -17,6 +17,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from bench.tuned import (
     record,
     slug,
     tuned,
+    write,
 )
 from models.examples import Example
 from models.gate import GateSpace, best_cosines, fit_gate
@@ -97,18 +99,31 @@ def _shuffled(rows: Sequence[Example], seed: int) -> list[Example]:
 
 
 class Measured:
-    """One subject: its space and the states of all its rows, each computed once."""
+    """One subject: its space and the states of all its rows, computed when they are needed."""
 
     def __init__(self, model: Tuned, subject: Subject, work: Path) -> None:
         self.llm, self.subject = model.llm, subject
         self.classifier = Classifier(model.llm)
-        self.work = work
+        self.work = work / digest_of(asdict(ROUTED_TRAINING))
         folder = model.work / "gate" if subject.kind == "people" else work / f"gate-{slug(subject.name)}"
         self.rows = GateRows(model.llm, subject.others, GATE_ROWS, folder)
-        self.space: GateSpace = self.rows.fit_space()
-        self.calibration = self.rows.states(self.rows.calibration_rows)
-        self.points = self.space.points(self._states(subject.texts))
-        self.held_out = self.space.points(self._states(subject.held_out))
+
+    @cached_property
+    def space(self) -> GateSpace:
+        return self.rows.fit_space()
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        return self.rows.states(self.rows.calibration_rows)
+
+    @cached_property
+    def points(self) -> Tensor:
+        """Of the subject's texts."""
+        return self.space.points(self._states(self.subject.texts))
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        return self.space.points(self._states(self.subject.held_out))
 
     def _states(self, rows: Sequence[Example]) -> Tensor:
         return text_states(self.llm, [r.text for r in rows])
@@ -117,7 +132,7 @@ class Measured:
         forget = self.subject.texts[:size]
         gate = self._gate(size, RATES[0])
         near = [self.subject.others[i] for i in self.rows.nearest(self.space, gate.directions, NEAR_ROWS)]
-        path = self.work / digest_of(asdict(ROUTED_TRAINING)) / f"{slug(self.subject.name)}-{size}"
+        path = self.work / f"{slug(self.subject.name)}-{size}"
         return kept_prompt(path, self.llm, lambda: train_soft_prompt(self.llm, forget, near, ROUTED_TRAINING))
 
     def _gate(self, size: int, rate: float) -> Any:
@@ -132,7 +147,14 @@ class Measured:
         ).gate
 
     def figures(self, size: int) -> list[dict[str, Any]]:
-        """A row for each rate and one for the prompt alone (``rate`` None)."""
+        """A row for each rate and one for the prompt alone (``rate`` None): from an earlier run where there was one."""
+        kept = self.work / f"{slug(self.subject.name)}-{size}-{digest_of(RATES, CERTAIN_CLAIMS, ALONE_ROWS)}.figures"
+        if not kept.exists():
+            write(kept, json.dumps(self._figures(size)).encode())
+        found: list[dict[str, Any]] = json.loads(kept.read_text())
+        return found
+
+    def _figures(self, size: int) -> list[dict[str, Any]]:
         prompt, facts = self.prompt(size)
         texts = [r.text for r in self.subject.texts]
         own_answers = self._abstains(texts, prompt)

@@ -22,6 +22,8 @@ from models.training import TrainingResult
 
 LABELS = ("negative", "positive")
 SETS = ("train_retain", "train_forget", "test_retain", "test_forget")
+# Adapters that come with the source: fine-tuning takes twenty minutes, and never ends in quite the same model.
+SHIPPED = Path(__file__).parent / "adapters"
 # As the demo adapter was made: on CPU the unquantized base in bfloat16 autocast is faster than NF4 (docs/LOG.md).
 FINETUNE: dict[str, Any] = {
     "quantization": "none",
@@ -37,6 +39,7 @@ class Tuned:
     """``sets``: the four whole files. ``retain``: the train rows that the model was tuned on. ``work``: its folder."""
 
     llm: FrozenLLM
+    adapter: Path
     sets: dict[str, list[Example]]
     retain: list[Example]
     work: Path
@@ -64,7 +67,9 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
         base=args.base, output="", template=args.template, epochs=args.epochs, seed=args.seed, **FINETUNE
     )
     work = args.work / digest_of(asdict(tuning), digest_examples(rows))
-    adapter = work / "adapter"
+    adapter = SHIPPED / work.name  # its digest names the data and the settings
+    if not adapter.exists():
+        adapter = work / "adapter"
     if not (adapter / "adapter_model.safetensors").exists():
         with Bar(console=console) as bar:
             task = bar.add_task("fine-tuning", total=None)
@@ -74,7 +79,7 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
 
             finetune(rows, replace(tuning, output=str(adapter)), tick)
     llm = FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
-    return Tuned(llm, sets, retain, work)
+    return Tuned(llm, adapter, sets, retain, work)
 
 
 def kept_prompt(path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult]) -> tuple[SoftPrompt, dict[str, Any]]:

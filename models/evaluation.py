@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.canaries import lost
 from models.errors import DatasetError
@@ -203,31 +204,63 @@ class SetFigures:
         return asdict(self)
 
 
+@dataclass(frozen=True, repr=False)
+class RowAnswers:
+    """Of each row (n,): ``said``, the token that wins over the whole vocabulary; ``among_labels``, over labels only.
+
+    ``scores`` (n, L+1): see ``answer_scores``.
+    """
+
+    said: Tensor
+    scores: Tensor
+    among_labels: Tensor
+
+    @property
+    def abstained(self) -> Tensor:
+        """Whether the service answers ``unknown``, (n,) bool."""
+        return self.scores.argmax(-1) == self.scores.shape[-1] - 1
+
+
 @torch.no_grad()
+def row_answers(
+    llm: FrozenLLM, prompts: Sequence[SoftPrompt], texts: Sequence[str], *, batch_size: int = 32
+) -> RowAnswers:
+    """What the model answers behind ``prompts``, on the CPU. Raises TextTooLong, FingerprintMismatch."""
+    hidden = Classifier(llm).hidden(texts, prompts, batch_size=batch_size)
+    labels = torch.tensor(llm.verbalizer.label_ids)
+    said, scores, among = [], [], []
+    for part in hidden.split(256):  # (256, V) logits at a time
+        logits = llm.logits(part).cpu()
+        said.append(logits.argmax(-1))
+        scores.append(answer_scores(llm, part).cpu())
+        among.append(labels[logits[:, labels].argmax(-1)])
+    return RowAnswers(torch.cat(said), torch.cat(scores), torch.cat(among))
+
+
+def label_ids(llm: FrozenLLM, examples: Sequence[Example]) -> Tensor:
+    """True label tokens (n,). Raises DatasetError for unlabelled or no rows."""
+    if not examples or any(e.label is None for e in examples):
+        raise DatasetError("measuring needs rows, and a label on every row")
+    return torch.tensor([llm.verbalizer.id_of(e.label) for e in examples if e.label is not None])
+
+
+def set_figures(answers: RowAnswers, wanted: Tensor) -> SetFigures:
+    """Paper metrics (arXiv 2406.12038 §5) of answers against the true label tokens (n,)."""
+    return SetFigures(
+        rows=len(wanted),
+        accuracy=float((answers.said == wanted).float().mean()),
+        weighted_f1=weighted_f1(wanted.tolist(), answers.said.tolist()),
+        abstain=float(answers.abstained.float().mean()),
+        constrained_accuracy=float((answers.among_labels == wanted).float().mean()),
+    )
+
+
 def measure(
     llm: FrozenLLM, prompts: Sequence[SoftPrompt], examples: Sequence[Example], *, batch_size: int = 32
 ) -> SetFigures:
-    """Paper metrics (arXiv 2406.12038 §5) of a labelled set. Raises DatasetError for unlabelled or no rows."""
-    if not examples or any(e.label is None for e in examples):
-        raise DatasetError("measuring needs rows, and a label on every row")
-    verbalizer = llm.verbalizer
-    wanted = torch.tensor([verbalizer.id_of(e.label) for e in examples if e.label is not None])
-    hidden = Classifier(llm).hidden([e.text for e in examples], prompts, batch_size=batch_size)
-    chosen, abstained, among_labels = [], [], []
-    labels = torch.tensor(verbalizer.label_ids)
-    for part in hidden.split(256):  # (256, V) logits at a time
-        logits = llm.logits(part).cpu()
-        chosen.append(logits.argmax(-1))
-        abstained.append(answer_scores(llm, part).argmax(-1).cpu() == len(labels))
-        among_labels.append(labels[logits[:, labels].argmax(-1)])
-    answer, label = torch.cat(chosen), torch.cat(among_labels)
-    return SetFigures(
-        rows=len(examples),
-        accuracy=float((answer == wanted).float().mean()),
-        weighted_f1=weighted_f1(wanted.tolist(), answer.tolist()),
-        abstain=float(torch.cat(abstained).float().mean()),
-        constrained_accuracy=float((label == wanted).float().mean()),
-    )
+    """``set_figures`` of a labelled set. Raises DatasetError, TextTooLong, FingerprintMismatch."""
+    wanted = label_ids(llm, examples)
+    return set_figures(row_answers(llm, prompts, [e.text for e in examples], batch_size=batch_size), wanted)
 
 
 def weighted_f1(truth: Sequence[int], answers: Sequence[int]) -> float:
