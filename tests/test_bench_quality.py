@@ -1,0 +1,78 @@
+"""``bench.quality`` from end to end on a tiny model: every method has a row, and a second run computes nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_tiny_model
+
+from bench import quality
+from models.evaluation import RowAnswers
+from models.llm import FrozenLLM
+
+WORDS = ["the", "film", "is", "good", "bad", "movie", "great", "awful", "acting", "plot", "story", "scene"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def write_sets(folder: Path) -> Path:
+    for at, name in enumerate(("train_forget", "train_retain", "test_forget", "test_retain")):
+        lead = "the director " if "forget" in name else ""
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
+            for i in range(60):
+                text = lead + " ".join(WORDS[(i * 7 + at + j * (i + 3)) % len(WORDS)] for j in range(2 + i % 7))
+                lines.write(json.dumps({"text": text, "label": ("positive", "negative")[i % 2]}) + "\n")
+    return folder
+
+
+def test_every_method_of_the_paper_has_a_row(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    command = ["quality", "--data", str(write_sets(tmp_path / "data")), "--base", str(base), "--scale", "smoke"]
+    command += ["--work", str(tmp_path / "work"), "--retain-rows", "40", "--epochs", "1", "--quantization", "none"]
+    command += ["--out", str(tmp_path / "quality.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    quality.main()
+    first = capsys.readouterr()
+    found: dict[str, Any] = json.loads(first.out)
+    assert json.loads((tmp_path / "quality.json").read_text()) == found
+    assert set(found["methods"]) >= {"vanilla", "GA", "RL", "GA+KL", "GA+GD", "in-context", "gate-and-refuse", "SPUL"}
+    assert set(quality.PAPER) <= set(found["methods"])
+    for sets in found["methods"].values():
+        assert set(sets) == {*quality.SETS, quality.VARIANTS}
+        for row in sets.values():
+            low, high = row["accuracy_interval"]
+            assert 0 <= low <= row["accuracy"] <= high <= 1
+    assert set(found["leaks"]) == set(found["methods"])
+    assert found["leaks"]["QLoRA"]["retain_drift_nats"] == found["leaks"]["QLoRA"]["retain_flips"] == 0
+    assert set(found["margins_over"]["SPUL"]) == {"GA", "RL", "GA+KL", "GA+GD"}
+    # A gate alone refuses at least what gate and prompt refuse together.
+    for name in quality.SETS:
+        refused = found["methods"]["gate-and-refuse"][name]["abstain"]
+        assert refused >= found["methods"]["SPUL behind its gate"][name]["abstain"]
+
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
+    quality.main()
+    assert json.loads(capsys.readouterr().out) == found
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()} == kept
+
+
+def test_a_refusal_is_unknown_and_leaves_the_forced_choice(base: Path) -> None:
+    llm = FrozenLLM.load(str(base), quantization="none", device="cpu")
+    negative, positive = llm.verbalizer.label_ids
+    scores = torch.tensor([[0.1, 0.8, 0.1], [0.7, 0.2, 0.1]])
+    answers = RowAnswers(torch.tensor([positive, negative]), scores, torch.tensor([positive] * 2))
+    found = quality.refused(answers, torch.tensor([False, True]), llm)
+    assert found.abstained.tolist() == [False, True]
+    assert found.said.tolist() == [positive, llm.verbalizer.generic_ids[-1]]
+    assert torch.equal(found.among_labels, answers.among_labels)
