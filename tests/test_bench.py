@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PromptEncoderConfig, get_peft_model
+from rich.console import Console
 from tiny_models import make_tiny_model
 
-from bench import plots, routing_cost, sequence, training
+from app.settings import get_settings
+from bench import activation, plots, routing_cost, sequence, training
 from models.examples import Example
 from models.gate import fit_space
 from models.inference import Classification, Classifier
@@ -117,3 +119,30 @@ def test_all_ways_of_a_training_step_have_one_loss(llm: FrozenLLM) -> None:
     ]
     assert [float(loss.detach()) for loss in found] == pytest.approx([float(found[0].detach())] * 3, rel=1e-4)
     assert training.gradient_difference(llm, examples) < 1e-4
+
+
+def test_activation_is_measured_on_the_workers_own_job(
+    llm: FrozenLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retain = tmp_path / "retain.jsonl"
+    lines = [
+        {"text": f"{activation.NAME} {text} {i}", "label": ("positive", "negative")[i % 2]}
+        for i, text in enumerate(TEXTS)
+    ]
+    retain.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, value in {
+        "MODEL": str(make_tiny_model(tmp_path / "model", "llama")),
+        "QUANTIZATION": "none",
+        "RETAIN": str(retain),
+        "HOME": str(tmp_path / "home"),
+        "NUM_VIRTUAL_TOKENS": "4",
+        "CHECK_RETAIN_ROWS": "16",
+    }.items():
+        monkeypatch.setenv(f"LETHEON_{name}", value)
+    get_settings.cache_clear()
+    try:
+        found = activation.measure(3, 2, Console(quiet=True))
+    finally:
+        get_settings.cache_clear()
+    assert found["steps"] == {"first": 60, "last": 60}
+    assert found["activation_last_over_first"] > 0
