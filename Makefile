@@ -30,7 +30,7 @@ demo: venv ## Forget one person's reviews, before and after (KEEP=1 leaves the s
 	$(BIN)/python -m bench.demo $(if $(filter-out 0,$(KEEP)),--keep) $(if $(PERSON),--person "$(PERSON)")
 
 test: venv ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 check: venv ## Lint, format, types, import directions
 	$(BIN)/ruff check .

@@ -121,9 +121,9 @@ def take(context: Context, request_id: str, *, lease: float = 5) -> Claim:
     return claim
 
 
-def job_of(context: Context, claim: Claim, heartbeat: Heartbeat) -> tasks._Job:
+def job_of(context: Context, claim: Claim, heartbeat: Heartbeat, kind: type[tasks._Job] = tasks._Job) -> tasks._Job:
     reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=context.settings.mode)
-    return tasks._Job(context, claim, heartbeat, reader)
+    return kind(context, claim, heartbeat, reader)
 
 
 def assert_failed(context: Context, request_id: str, code: str) -> UnlearnRequest:
@@ -463,7 +463,7 @@ def test_a_checkpoint_of_another_stack_starts_over(context: Context) -> None:
 
     claim = take(context, request_id)
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        StopSoon(endless, claim, heartbeat).run()
+        job_of(endless, claim, heartbeat, StopSoon).run()
     assert request(context, request_id).state == "pending"
     run_job(context, submit(context))  # another prompt becomes active
     run_job(context, request_id)
@@ -493,7 +493,7 @@ def test_the_checks_are_repeated_when_the_active_set_moves(context: Context, mod
     request_id = submit(context)
     claim = take(context, request_id)
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        Overtaken(context, claim, heartbeat).run()
+        job_of(context, claim, heartbeat, Overtaken).run()
     assert request(context, request_id).state == "active"
     assert seen == [(0, 0), (1, 1)]  # the second time beside what it then served with
 
@@ -517,7 +517,7 @@ def hurry_past(context: Context, request_id: str, moves: int, *, stop_after: int
 
     claim = take(context, request_id)
     with Heartbeat(context.sessions, claim, lease_seconds=5, every=1) as heartbeat:
-        Overtaken(context, claim, heartbeat).run()
+        job_of(context, claim, heartbeat, Overtaken).run()
     return checks
 
 
