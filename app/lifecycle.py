@@ -45,7 +45,7 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     ),
     RequestState.EVALUATING: frozenset(
         {
-            RequestState.TRAINING,  # taken over: the checks start again from the checkpoint
+            RequestState.TRAINING,  # the checks failed and another try follows; or taken over, from the checkpoint
             RequestState.ACTIVE,
             RequestState.PENDING,
             RequestState.FAILED,
@@ -183,6 +183,22 @@ def request_cancel(session: Session, request_id: str, *, actor: str) -> UnlearnR
 def start_evaluating(session: Session, claim: Claim) -> None:
     """Training is done, the checks begin. Raises LeaseLost."""
     move(session, hold(session, claim), RequestState.EVALUATING, actor=claim.owner, detail={"attempt": claim.attempt})
+
+
+def start_again(session: Session, claim: Claim, tried: dict[str, Any]) -> None:
+    """The checks failed, and another try follows; ``tried``: figures of the one that failed. Raises LeaseLost.
+
+    Said twice, because the answer to the first commit was lost, it counts once.
+    """
+    request = hold(session, claim)
+    if request.state != RequestState.TRAINING:
+        move(session, request, RequestState.TRAINING, actor=claim.owner, detail={"tried": tried})
+
+
+def list_tries(session: Session, request_id: str) -> list[dict[str, Any]]:
+    """What ``start_again`` was told, oldest first, by whichever attempt."""
+    query = select(RequestEvent.data).where(RequestEvent.request_id == request_id, RequestEvent.type == "state")
+    return [data["tried"] for data in session.scalars(query.order_by(RequestEvent.id)) if "tried" in data]
 
 
 def fail(session: Session, claim: Claim, *, code: str, detail: str, metrics: dict[str, Any] | None = None) -> None:

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
     max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")
     check_retain_rows: int = Field(default=256, ge=8)
+    max_tries: int = Field(
+        default=3,
+        ge=1,
+        description="A prompt that fails its checks is trained again, with other weights or tokens: trainings in all.",
+    )
     min_retain_rows: int = Field(
         default=32,
         ge=1,

@@ -83,8 +83,9 @@ def retain_figures(
 
 @dataclass(frozen=True)
 class CheckReport:
-    """``violations`` is empty exactly when ``passed``. Accuracies are over labels and generic labels.
+    """``violations`` and ``missed`` are empty exactly when ``passed``. Accuracies are over labels and generic labels.
 
+    ``missed``: what is violated, of ``models.self_tuning.Missed``.
     ``lost_canaries``: earlier requests that no longer hold (``models.canaries``). Without forget rows, when a set is
     checked that is in force already, the two abstain rates are None.
     """
@@ -102,6 +103,7 @@ class CheckReport:
     active_requests: int
     passed: bool
     violations: list[str]
+    missed: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,12 +134,12 @@ def check_prompts(
     forget_texts = [e.text for e in forget]
     abstain = _abstain_rate(classifier, forget_texts, prompts) if forget else None
     lost_requests = lost(classifier, prompts, canaries)
-    violations = []
+    found: dict[str, list[str]] = {"forget": [], "retain": figures.violations(limits), "set": []}
     if abstain is not None and abstain < limits.min_forget_abstain:
-        violations.append(f"forget abstain rate {abstain:.4f} is below {limits.min_forget_abstain}")
-    violations += figures.violations(limits)
+        found["forget"].append(f"forget abstain rate {abstain:.4f} is below {limits.min_forget_abstain}")
     if lost_requests:
-        violations.append(f"{lost_requests} earlier requests would no longer be forgotten")
+        found["set"].append(f"{lost_requests} earlier requests would no longer be forgotten")
+    violations = [violation for part in found.values() for violation in part]
     worst = figures.worst_class(limits)
     return CheckReport(
         forget_abstain=abstain,
@@ -153,6 +155,7 @@ def check_prompts(
         active_requests=len(prompts),
         passed=not violations,
         violations=violations,
+        missed=[name for name, part in found.items() if part],
     )
 
 

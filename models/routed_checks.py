@@ -28,7 +28,9 @@ class RoutedLimits:
 
 @dataclass(frozen=True)
 class RoutedReport:
-    """``violations`` is empty exactly when ``passed``. Rates are fractions of rows, accuracies over labels + generic.
+    """``violations`` and ``missed`` (``models.self_tuning.Missed``) are empty exactly when ``passed``.
+
+    Rates are fractions of rows, accuracies over labels + generic.
 
     ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
     that knows the forget texts by their digests.
@@ -54,6 +56,7 @@ class RoutedReport:
     active_requests: int
     passed: bool
     violations: list[str]
+    missed: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,15 +107,16 @@ def check_routes(
     abstain = sum(a.answer.abstained and b.answer.abstained for a, b in zip(own, own_alone, strict=True)) / len(own)
     lost = lost_canaries(others, routes, limits.max_prompts)
 
-    checks, violations = limits.checks, []
+    checks = limits.checks
+    found: dict[str, list[str]] = {"forget": [], "retain": figures.violations(checks), "set": []}
     if abstain < checks.min_forget_abstain:
-        violations.append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
-    violations += figures.violations(checks)
+        found["forget"].append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
     # Over the limit already, when the retain set shrank: then a request that adds nothing to it is not to blame.
     if total > max(limits.max_total_claims + 1e-9, before):
-        violations.append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
+        found["set"].append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
     if lost:
-        violations.append(f"{lost} earlier requests would no longer be reached by their own texts")
+        found["set"].append(f"{lost} earlier requests would no longer be reached by their own texts")
+    violations = [violation for part in found.values() for violation in part]
     return RoutedReport(
         forget_abstain=abstain,
         forget_abstain_before=sum(r.base.abstained for r in own) / len(own),
@@ -130,6 +134,7 @@ def check_routes(
         active_requests=len(routes),
         passed=not violations,
         violations=violations,
+        missed=[name for name, part in found.items() if part],
     )
 
 

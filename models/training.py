@@ -115,6 +115,7 @@ def train_soft_prompt(
     config: TrainingConfig,
     *,
     stack: Sequence[SoftPrompt] = (),
+    start: SoftPrompt | None = None,
     teacher_dir: Path | None = None,
     resume: bytes | None = None,
     deadline: float | None = None,
@@ -126,9 +127,11 @@ def train_soft_prompt(
     """Train φ (p, d) so that forget rows answer a generic label and retain rows answer as before.
 
     ``stack``: prompts in force, placed before φ and frozen, so φ is trained for the very context it will serve in.
-    ``deadline``: a ``time.monotonic()`` value. ``should_stop`` is asked every step; on True a last checkpoint is handed
-    out and the result says ``cancelled``. A run is a function of (data, config, stack): a resumed one continues the
-    same sequence of batches. Raises DatasetError, TrainingDiverged, CheckpointError, TextTooLong, FingerprintMismatch.
+    ``start``: φ to begin with instead of words of the forget set; the first checkpoint is at step 0 then, since a
+    resumed run does not ask for it. ``deadline``: a ``time.monotonic()`` value. ``should_stop`` is asked every step; on
+    True a last checkpoint is handed out and the result says ``cancelled``. A run is a function of (data, config, stack,
+    start): a resumed one continues the same sequence of batches. Raises DatasetError, TrainingDiverged, TextTooLong,
+    CheckpointError, FingerprintMismatch, and ValueError for a ``start`` of another length.
     """
     if not forget or not retain:
         raise DatasetError("training needs at least one forget row and one retain row")
@@ -139,6 +142,11 @@ def train_soft_prompt(
     behind = compose(stack, fingerprint=llm.fingerprint)
     batches = _Batches(llm, forget, retain, config)
     phi = nn.Parameter(_initial_prompt(llm, batches, config))
+    if start is not None:
+        compose([start], fingerprint=llm.fingerprint)  # raises for another model's
+        if start.embeddings.shape != phi.shape:
+            raise ValueError(f"a start of {start.num_virtual_tokens} virtual tokens for {len(phi)}")
+        phi.data.copy_(start.embeddings)
     optimizer = torch.optim.AdamW([phi], lr=config.learning_rate, weight_decay=0.0)
     prefix_length = len(phi) + (0 if behind is None else len(behind)) + len(llm.template.head_ids)
     llm.check_fits([*batches.forget_rows, *batches.retain_rows], prefix_length)
@@ -155,10 +163,10 @@ def train_soft_prompt(
         "data": digest_examples([*forget, *retain]),
         "stack": [p.digest for p in stack],
     }
-    start, doublings = 0, 0
+    resumed_from, doublings = 0, 0
     if resume:
         state = checkpoint.unpack(resume, parameters, optimizer, expect=run)
-        start, doublings = int(state["step"]), int(state["doublings"])
+        resumed_from, doublings = int(state["step"]), int(state["doublings"])
 
     check = _Check(served, behind, batches, retain, config)
     total = planned_steps(config, len(forget)) * 2**doublings
@@ -166,8 +174,10 @@ def train_soft_prompt(
     def pack() -> bytes:
         return checkpoint.pack(parameters, optimizer, {**run, "step": step, "doublings": doublings})
 
-    running, step, saved_at = _Running(), start, time.monotonic()
+    running, step, saved_at = _Running(), resumed_from, time.monotonic()
     stopped: Stopped = "max_steps"
+    if start is not None and not resume and on_checkpoint is not None:
+        on_checkpoint(0, pack())
     while step < total:
         if should_stop is not None and should_stop():
             stopped = "cancelled"
@@ -203,7 +213,7 @@ def train_soft_prompt(
             # Where the teacher is wrong, L_r is to move the answer. Rounding makes a KL of nothing slightly negative.
             disturbed = kl.clamp_min(0) * (teacher_logits.argmax(-1) == label_ids)
             hardness[retain_rows] = disturbed.cpu()
-        running.update([float(t.detach()) for t in (loss, *terms)], step - start)
+        running.update([float(t.detach()) for t in (loss, *terms)], step - resumed_from)
         converged = False
         may_double = step == total and doublings < config.max_doublings and config.max_steps is None
         if step % config.check_every == 0 or may_double:
@@ -222,11 +232,11 @@ def train_soft_prompt(
             teacher.save()
             on_checkpoint(step, pack())
             saved_at = time.monotonic()
-    if stopped == "cancelled" and on_checkpoint is not None and step > start:
+    if stopped == "cancelled" and on_checkpoint is not None and step > resumed_from:
         on_checkpoint(step, pack())
     teacher.save()
     prompt = SoftPrompt(mean.detach().float().cpu().clone(), llm.fingerprint)
-    return TrainingResult(prompt, step, stopped, time.monotonic() - started, start)
+    return TrainingResult(prompt, step, stopped, time.monotonic() - started, resumed_from)
 
 
 def spul_terms(

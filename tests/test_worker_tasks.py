@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from models.inference import Classification
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
-from worker import tasks
 from worker.context import Context
+from worker.job import Job
 from worker.knobs import training_config
 from worker.routed import surroundings
 from worker.tasks import run_job
@@ -68,6 +69,7 @@ def context(llm: FrozenLLM, sessions: Sessions, vault: Vault, tmp_path: Path, mo
         mode=mode,
         num_virtual_tokens=4,
         max_steps=6,
+        max_tries=1,
         lease_seconds=5,
         heartbeat_seconds=0.2,
         check_retain_rows=16,
@@ -121,7 +123,7 @@ def take(context: Context, request_id: str, *, lease: float = 5) -> Claim:
     return claim
 
 
-def job_of(context: Context, claim: Claim, heartbeat: Heartbeat, kind: type[tasks._Job] = tasks._Job) -> tasks._Job:
+def job_of(context: Context, claim: Claim, heartbeat: Heartbeat, kind: type[Job] = Job) -> Job:
     reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=context.settings.mode)
     return kind(context, claim, heartbeat, reader)
 
@@ -374,6 +376,58 @@ def test_a_database_error_that_stays_is_not_tried_for_ever(context: Context) -> 
     assert time.monotonic() - began < 5
 
 
+# --- a prompt that fails its checks ----------------------------------------------------------------------------------
+
+# It learns slowly, and no gate decides in the prompt's place.
+PATIENT = {"min_forget_abstain": 0.9, "max_tries": 60, "max_steps": 4, "max_certain_claim_rate": 0}
+
+
+def states(context: Context, request_id: str) -> list[str]:
+    with context.sessions() as session:
+        query = select(RequestEvent).where(RequestEvent.request_id == request_id).order_by(RequestEvent.id)
+        return [event.data["state"] for event in session.scalars(query) if event.type == "state"]
+
+
+def test_what_failed_its_checks_is_trained_again_until_it_passes(context: Context) -> None:
+    request_id = submit(context)
+    run_job(changed(context, **PATIENT), request_id)
+    row = request(context, request_id)
+    assert row.state == "active" and row.attempt == 1 and row.metrics is not None
+    tries = row.metrics["earlier_tries"]
+    assert tries and all(found["missed"] == ["forget"] and found["forget_abstain"] < 0.9 for found in tries)
+    assert [found["seed"] for found in tries] == list(range(len(tries)))
+    assert all(later["alpha"] <= earlier["alpha"] for earlier, later in pairwise(tries))
+    assert row.metrics["forget_abstain"] >= 0.9 and row.metrics["missed"] == []
+    assert states(context, request_id) == ["pending", *["training", "evaluating"] * (len(tries) + 1), "active"]
+
+
+def test_after_the_last_try_the_request_fails_and_says_what_was_tried(context: Context) -> None:
+    request_id = submit(context)
+    run_job(changed(context, **UNMEETABLE, max_tries=3), request_id)
+    row = assert_failed(context, request_id, "checks-failed")
+    assert row.metrics is not None and len(row.metrics["earlier_tries"]) == 2
+    assert states(context, request_id) == ["pending", *["training", "evaluating"] * 3, "failed"]
+
+
+def test_a_worker_that_takes_over_goes_on_with_the_same_try(context: Context) -> None:
+    """Stopped in the middle of the second try: neither the first try nor what the second had is lost."""
+    patient = changed(context, **PATIENT, checkpoint_seconds=0.001)
+
+    class StopInSecondTry(Job):
+        def should_stop(self) -> bool:
+            tried = self.commit(lambda session: lifecycle.list_tries(session, self.claim.request_id))
+            return bool(tried) and self.reporter._last is not None and self.reporter._last.step == 2
+
+    claim = take(context, request_id := submit(context))
+    with Heartbeat(context.sessions, claim, lease_seconds=60, every=10) as heartbeat:
+        job_of(patient, claim, heartbeat, StopInSecondTry).run()
+    assert states(context, request_id) == ["pending", "training", "evaluating", "training", "pending"]
+    run_job(changed(patient, max_tries=2), request_id)
+    row = request(context, request_id)
+    assert row.metrics is not None
+    assert len(row.metrics["earlier_tries"]) == 1 and row.metrics["resumed_from"] == 2
+
+
 # --- a job that is stopped -------------------------------------------------------------------------------------------
 
 
@@ -457,7 +511,7 @@ def test_a_checkpoint_of_another_stack_starts_over(context: Context) -> None:
     request_id = submit(context, max_steps=30)
     endless = changed(context, checkpoint_seconds=0.01)
 
-    class StopSoon(tasks._Job):
+    class StopSoon(Job):
         def should_stop(self) -> bool:
             return self.reporter._last is not None and self.reporter._last.step >= 5
 
@@ -474,7 +528,7 @@ def test_a_checkpoint_of_another_stack_starts_over(context: Context) -> None:
 def test_the_checks_are_repeated_when_the_active_set_moves(context: Context, mode: Mode) -> None:
     seen: list[tuple[int, int]] = []
 
-    class Overtaken(tasks._Job):
+    class Overtaken(Job):
         """Another request becomes active after the first check."""
 
         def read_stack(self) -> Stack:
@@ -503,7 +557,7 @@ def hurry_past(context: Context, request_id: str, moves: int, *, stop_after: int
     run_job(context, submit(context))
     checks = 0
 
-    class Overtaken(tasks._Job):
+    class Overtaken(Job):
         def activate(self, *what: Any) -> None:
             nonlocal checks
             checks += 1

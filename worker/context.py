@@ -8,11 +8,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.errors import ModeMismatch, NotReady, VaultError
 from app.settings import Settings
 from app.stack import StackReader
+from app.tracebacks import where
 from app.vault import Vault
 from models.errors import FingerprintMismatch, ModelError
 from models.examples import Example
@@ -53,7 +55,7 @@ def unforgotten(context: Context, forgotten: set[bytes]) -> list[Example]:
 def why_unreadable(context: Context, reader: StackReader) -> str | None:
     """What keeps the set in force from being read, if anything: a damaged row is no fault of the request that waits.
 
-    A set of another mode or model reads well, and the job tells the client of it.
+    A set of another mode or model reads well, and the job tells the client of it. Raises SQLAlchemyError.
     """
     try:
         with context.sessions() as session:
@@ -62,4 +64,8 @@ def why_unreadable(context: Context, reader: StackReader) -> str | None:
         return None
     except UNREADABLE as error:
         return str(error)
+    except SQLAlchemyError:
+        raise
+    except Exception as error:  # a bug there, too, must neither end requests nor the worker
+        return where(error)
     return None

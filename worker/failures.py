@@ -19,6 +19,15 @@ class JobFailed(Exception):
         self.metrics = metrics
 
 
+class ChecksFailed(JobFailed):
+    """A trained prompt does not do what it must; ``metrics["missed"]`` says where (``models.self_tuning.Missed``)."""
+
+    metrics: dict[str, Any]
+
+    def __init__(self, detail: str, metrics: dict[str, Any]) -> None:
+        super().__init__("checks-failed", detail, metrics)
+
+
 class Stopped(Exception):
     """No outcome yet: shutdown, cancellation, a lost lease, or an active set that cannot be read."""
 

@@ -1,0 +1,376 @@
+"""One attempt at a request, from its texts to an outcome. No transaction is open while it trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import Session
+
+from app import active_set, job_queue, lifecycle
+from app.active_set import TrainedGate
+from app.errors import LeaseLost, ModeMismatch, StaleActiveSet
+from app.lifecycle import CancelRequested, Claim
+from app.settings import Mode
+from app.stack import Stack, StackReader
+from app.tracebacks import where
+from models.canaries import make_canaries
+from models.errors import (
+    CheckpointError,
+    DatasetError,
+    FingerprintMismatch,
+    InvalidPrompt,
+    TextTooLong,
+    TrainingDiverged,
+)
+from models.evaluation import CheckReport
+from models.examples import Example
+from models.inference import Classifier
+from models.routed_checks import RoutedReport
+from models.self_tuning import Try, next_try
+from models.soft_prompt import SoftPrompt
+from models.surroundings import Surroundings
+from models.training import TrainingResult, train_soft_prompt
+from worker.concatenated import check_stack, open_all_canaries
+from worker.context import UNREADABLE, Context, unforgotten
+from worker.failures import ChecksFailed, JobFailed, Stopped, last_word
+from worker.knobs import training_config
+from worker.reporting import Reporter
+from worker.routed import fit_and_check, surroundings, trained_gate
+from worker.threads import TRANSIENT, Heartbeat
+
+log = logging.getLogger("letheon.worker")
+
+RETRY_SECONDS = 0.5
+
+T = TypeVar("T")
+
+
+class Job:
+    """The steps of one attempt."""
+
+    def __init__(self, context: Context, claim: Claim, heartbeat: Heartbeat, reader: StackReader) -> None:
+        self.context = context
+        self.claim = claim
+        self.heartbeat = heartbeat
+        self.settings = context.settings
+        self.reporter = Reporter(context.sessions, claim, cancelled=heartbeat.cancelled)
+        self.reader = reader
+        self.deadline = float("inf")
+        # In mode routed a prompt shares its context with no other; else it is trained behind those in force.
+        self.alone = self.settings.mode == Mode.ROUTED
+
+    def run(self) -> None:
+        """Train, check, then activate, fail, cancel or release. Raises LeaseLost, and whatever is left to the lease."""
+        claim = self.claim
+        try:
+            outcome = self.train_and_activate()
+        except CancelRequested:
+            self.commit(lambda session: lifecycle.finish_cancelled(session, claim))
+            outcome = "cancelled"
+        except Stopped:
+            outcome = self.end_stopped()
+        except JobFailed as failure:
+            self.end_failed(failure)
+            outcome = f"failed ({failure.code})"
+        except LeaseLost:
+            raise
+        except Exception as error:
+            if claim.attempt < self.settings.max_attempts:
+                raise
+            log.error("%s: the last attempt broke off: %s", claim.request_id, where(error))
+            self.end_failed(last_word(error))
+            outcome = "failed"
+        log.info("%s: attempt %d ends: %s", claim.request_id, claim.attempt, outcome)
+
+    def train_and_activate(self) -> str:
+        request = self.commit(lambda session: lifecycle.get_request(session, self.claim.request_id))
+        llm = self.context.llm
+        if request.fingerprint != llm.fingerprint:
+            raise JobFailed("fingerprint-mismatch", "the request was made for another model than this worker serves")
+        texts = self.commit(lambda session: job_queue.open_texts(session, self.context.vault, self.claim))
+        forget = [Example(item.text, item.label) for item in texts]
+        self.read_stack()  # of another mode or model: better known before the training than after
+        retain = self.retain_set(forget)
+        around = self.look_around(forget, retain) if self.alone else None
+        near = retain if around is None else around.near
+        first = training_config(self.settings, request.options)
+        seconds = float(request.options.get("training_deadline_seconds", self.settings.training_deadline_seconds))
+        self.deadline = time.monotonic() + seconds
+        # Also those of attempts before this one: what was tried is not tried again.
+        tries = self.commit(lambda session: lifecycle.list_tries(session, self.claim.request_id))
+        max_tries = max(self.settings.max_tries, len(tries) + 1)  # the try that was under way is seen through
+        plan = next_try(first, [found["missed"] for found in tries], max_tries=max_tries)
+        assert plan is not None
+        prompt: SoftPrompt | None = None
+        while True:
+            result = self.train(plan, prompt, forget, near)
+            if result.stopped == "cancelled":
+                raise Stopped
+            self.reporter.flush()
+            self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
+            self.reporter.phase("evaluating")
+            try:
+                return self.check_and_activate(result, forget, retain, around, tries)
+            except ChecksFailed as failed:
+                tries = [*tries, record_of(plan, result, failed)]
+                plan = next_try(first, [found["missed"] for found in tries], max_tries=self.settings.max_tries)
+                if plan is None or time.monotonic() > self.deadline or not self.has_room(plan):
+                    raise
+            log.info("%s: try %d failed its checks", self.claim.request_id, len(tries))
+            self.commit(partial(lifecycle.start_again, claim=self.claim, tried=tries[-1]))
+            prompt = result.prompt
+
+    def retain_set(self, forget: Sequence[Example]) -> list[Example]:
+        """The operator's retain set without any text that was ever to be forgotten (promise 9). Raises JobFailed.
+
+        Nor one that the guard takes for a text of this request: to answer it is not to be taught either.
+        """
+        guarded = {self.context.vault.gate_digest(example.text) for example in forget}
+        retain = [
+            example
+            for example in unforgotten(self.context, self.commit(active_set.forgotten_digests))
+            if self.context.vault.gate_digest(example.text) not in guarded
+        ]
+        texts = len({example.text for example in retain})
+        if texts < self.settings.min_retain_rows:
+            detail = (
+                f"{texts} different texts of the {len(self.context.retain)} rows of the retain set were never to be "
+                f"forgotten; {self.settings.min_retain_rows} are needed"
+            )
+            raise JobFailed("too-few-retain-rows", detail)
+        return retain
+
+    def look_around(self, forget: list[Example], retain: list[Example]) -> Surroundings:
+        """What mode ``routed`` needs beside the prompt. Raises JobFailed."""
+        context = self.context
+        try:
+            around = surroundings(context.llm, self.settings, self.commit, forget, retain, context.retain)
+        except DatasetError as error:
+            raise JobFailed("too-few-retain-rows", str(error)) from None
+        except TextTooLong as error:
+            raise JobFailed("text-too-long", str(error)) from None
+        if around.own_recall < self.settings.min_forget_abstain:
+            detail = (
+                f"a gate that may claim {self.settings.max_false_claim_rate:.2%} of the retain set reaches only "
+                f"{around.own_recall:.1%} of these texts, and {self.settings.min_forget_abstain:.1%} are needed: they "
+                "have too little in common. Send fewer, on one subject, or raise LETHEON_MAX_FALSE_CLAIM_RATE"
+            )
+            raise JobFailed("gate-too-narrow", detail)
+        return around
+
+    def train(
+        self, plan: Try, prompt: SoftPrompt | None, forget: list[Example], retain: list[Example]
+    ) -> TrainingResult:
+        """Train from the last checkpoint, or from the start where it does not fit. Raises JobFailed.
+
+        ``prompt``: what the try before ended with, where there was one in this attempt. The deadline is one attempt's:
+        what earlier attempts achieved is in the checkpoint.
+        """
+        stack = () if self.alone else self.read_stack().prompts
+        self.check_room(stack, plan.config.num_virtual_tokens)
+        stored = self.commit(lambda session: job_queue.load_checkpoint(session, self.context.vault, self.claim))
+
+        def attempt(resume: bytes | None) -> TrainingResult:
+            return train_soft_prompt(
+                self.context.llm,
+                forget,
+                retain,
+                plan.config,
+                stack=stack,
+                start=prompt if plan.goes_on else None,
+                # Near rows are other ones for every request: nothing of them is worth keeping.
+                teacher_dir=None if self.alone else self.settings.home / "teacher",
+                resume=resume,
+                deadline=self.deadline,
+                on_progress=self.reporter,
+                should_stop=self.should_stop,
+                on_checkpoint=self.save_checkpoint,
+                checkpoint_seconds=self.settings.checkpoint_seconds,
+            )
+
+        try:
+            try:
+                return attempt(stored[1] if stored else None)
+            except CheckpointError:
+                # Of the try before, or of other data: another prompt became active meanwhile, the retain set shrank.
+                log.info("%s: the checkpoint is of another run; from the start", self.claim.request_id)
+                return attempt(None)
+        except (TrainingDiverged, InvalidPrompt):  # the latter when the very last step went off
+            raise JobFailed("diverged", "the loss became infinite; a lower learning_rate may help") from None
+        except DatasetError:
+            raise JobFailed("too-few-retain-rows", "training needs a forget row and a retain row") from None
+        except TextTooLong as error:
+            raise JobFailed("text-too-long", str(error)) from None
+
+    def check_room(self, stack: Sequence[SoftPrompt], num_virtual_tokens: int) -> None:
+        """Every text that the service takes must fit behind all prompts of its context. Raises JobFailed."""
+        tokens = num_virtual_tokens + sum(prompt.num_virtual_tokens for prompt in stack)
+        room, wanted = self.context.llm.text_room(tokens), self.context.max_text_tokens
+        if room < wanted:
+            detail = (
+                f"behind {tokens} virtual tokens, this prompt's included, the model has room for texts of "
+                f"{max(0, room)} tokens, and the service takes texts of {wanted}: revoke prompts, ask for fewer "
+                "virtual tokens, or lower LETHEON_MAX_TEXT_TOKENS"
+            )
+            raise JobFailed("active-set-full", detail)
+
+    def has_room(self, plan: Try) -> bool:
+        try:
+            self.check_room(() if self.alone else self.read_stack().prompts, plan.config.num_virtual_tokens)
+        except JobFailed:
+            return False
+        return True
+
+    def check_and_activate(
+        self,
+        result: TrainingResult,
+        forget: list[Example],
+        retain: list[Example],
+        around: Surroundings | None,
+        tries: Sequence[dict[str, Any]],
+    ) -> str:
+        """Check the prompt in the very set it will serve in, then put it in force.
+
+        As often as the set moves meanwhile: that others are busy is no reason to fail anyone. ``tries``: those before
+        this one. Raises ChecksFailed, JobFailed, LeaseLost, Stopped.
+        """
+        while not self.should_stop():
+            stack = self.read_stack()
+            gate, canaries = None, list[str]()
+            try:
+                if around is None or stack.routes is None:
+                    self.check_room(stack.prompts, result.prompt.num_virtual_tokens)
+                    prompts = [*stack.prompts, result.prompt]
+                    earlier = self.commit(partial(open_all_canaries, vault=self.context.vault, stack=stack))
+                    report: CheckReport | RoutedReport = check_stack(
+                        self.context.llm, self.settings, prompts, forget, retain, earlier
+                    )
+                else:
+                    fit, report = fit_and_check(
+                        self.context.llm, self.settings, self.context.vault, around, stack.routes, result.prompt
+                    )
+                    gate = trained_gate(fit)
+            except TextTooLong as error:  # behind a stack that grew during the training
+                raise JobFailed("text-too-long", str(error)) from None
+            metrics = {
+                **report.as_dict(),
+                "mode": self.settings.mode,
+                "steps": result.steps,
+                "stopped": result.stopped,
+                "training_seconds": round(result.seconds, 3),
+                "resumed_from": result.resumed_from,
+                "attempt": self.claim.attempt,
+                "earlier_tries": list(tries),
+            }
+            if not report.passed:
+                raise ChecksFailed("; ".join(report.violations), metrics)
+            if gate is None:
+                canaries = make_canaries(
+                    Classifier(self.context.llm),
+                    [*stack.prompts, result.prompt],
+                    forget,
+                    retain,
+                    seed=self.settings.seed,
+                )
+            try:
+                self.activate(result.prompt, gate, canaries, metrics, stack.view.version)
+            except StaleActiveSet:
+                log.info("%s: the active set moved during the checks; checking again", self.claim.request_id)
+                continue
+            return "active"
+        raise Stopped
+
+    def activate(
+        self,
+        prompt: SoftPrompt,
+        gate: TrainedGate | None,
+        canaries: Sequence[str],
+        metrics: dict[str, Any],
+        version: int,
+    ) -> None:
+        self.commit(
+            lambda session: active_set.activate(
+                session,
+                self.context.vault,
+                self.claim,
+                prompt=prompt.to_bytes(),
+                digest=prompt.digest,
+                fingerprint=prompt.fingerprint,
+                num_virtual_tokens=prompt.num_virtual_tokens,
+                hidden_size=prompt.embeddings.shape[1],
+                metrics=metrics,
+                expected_version=version,
+                gate=gate,
+                canaries=canaries,
+            )
+        )
+
+    def read_stack(self) -> Stack:
+        """The active set as it is now. Raises Stopped when it cannot be read, JobFailed if of another model or mode."""
+        try:
+            return self.commit(self.reader.read)
+        except FingerprintMismatch:
+            detail = "a prompt in force belongs to another model; revoke it, or serve the model it was trained for"
+            raise JobFailed("fingerprint-mismatch", detail) from None
+        except ModeMismatch as error:
+            raise JobFailed(error.code, error.detail) from None
+        except UNREADABLE as error:  # handed back, to wait as `why_unreadable` has it
+            log.error("%s: the active set cannot be read any more: %s", self.claim.request_id, where(error))
+            raise Stopped from None
+
+    def save_checkpoint(self, step: int, data: bytes) -> None:
+        """Seal and store. A database that is away costs this checkpoint, not the job. Raises LeaseLost."""
+        try:
+            with self.context.sessions.begin() as session:
+                job_queue.save_checkpoint(session, self.context.vault, self.claim, step=step, data=data)
+        except TRANSIENT as error:
+            log.warning("%s: checkpoint not stored (%s)", self.claim.request_id, type(error).__name__)
+
+    def should_stop(self) -> bool:
+        return self.context.stop.is_set() or self.heartbeat.cancelled.is_set() or self.heartbeat.lost.is_set()
+
+    def end_stopped(self) -> str:
+        """After a cooperative stop: a lost lease writes nothing, a cancellation ends, a shutdown hands back."""
+        if self.heartbeat.lost.is_set():
+            raise LeaseLost("the lease was lost during training", request_id=self.claim.request_id)
+        if self.heartbeat.cancelled.is_set():
+            self.commit(lambda session: lifecycle.finish_cancelled(session, self.claim))
+            return "cancelled"
+        self.commit(lambda session: lifecycle.release(session, self.claim))
+        return "released"
+
+    def end_failed(self, failure: JobFailed) -> None:
+        self.commit(
+            lambda session: lifecycle.fail(
+                session, self.claim, code=failure.code, detail=failure.detail, metrics=failure.metrics
+            )
+        )
+
+    def commit(self, work: Callable[[Session], T]) -> T:
+        """``work`` in a transaction of its own, tried again while the database is away and the lease lasts.
+
+        Safe to repeat: a write whose commit did happen raises LeaseLost the second time. Raises LeaseLost, and the
+        database's error when it stays away for the length of a lease.
+        """
+        give_up = time.monotonic() + self.settings.lease_seconds
+        while True:
+            try:
+                with self.context.sessions.begin() as session:
+                    return work(session)
+            except TRANSIENT as error:
+                if self.heartbeat.lost.is_set() or time.monotonic() > give_up:
+                    raise
+                log.warning("%s: database away, trying again (%s)", self.claim.request_id, type(error).__name__)
+            self.heartbeat.lost.wait(RETRY_SECONDS)
+
+
+def record_of(plan: Try, result: TrainingResult, failed: ChecksFailed) -> dict[str, Any]:
+    """What is kept of a try that failed its checks: for the client, the auditor and the next attempt."""
+    config, metrics = plan.config, failed.metrics
+    knobs = {name: getattr(config, name) for name in ("alpha", "beta", "num_virtual_tokens", "seed")}
+    figures = {name: metrics[name] for name in ("forget_abstain", "retain_accuracy", "retain_accuracy_before")}
+    return {"missed": metrics["missed"], **knobs, **figures, "steps": result.steps, "seconds": round(result.seconds, 1)}
