@@ -110,6 +110,8 @@ class StackReader:
             return prompt, Gate.from_bytes(active_set.open_gate(self._vault, row))
         except FingerprintMismatch as error:  # the worker tells it from other failures
             raise FingerprintMismatch(f"prompt {row.id} cannot be loaded: {error}") from error
+        except MemoryError:
+            raise  # no fault of the prompt's
         except Exception as error:
             log.error("prompt %s does not load: %s", row.id, where(error))
             raise NotReady(f"prompt {row.id} cannot be loaded ({type(error).__name__})") from error

@@ -39,7 +39,8 @@ from bench.tuned import (
     write,
 )
 from models.examples import Example
-from models.gate import GateSpace, best_cosines, fit_gate
+from models.gate import GateSpace, best_cosines
+from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.inference import Classifier
 from models.soft_prompt import SoftPrompt

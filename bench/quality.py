@@ -37,7 +37,7 @@ from bench.tuned import (
 )
 from models.evaluation import RowAnswers, label_ids, row_answers, set_figures
 from models.examples import Example
-from models.gate import fit_gate
+from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.llm import FrozenLLM
 from models.metrics import auc, bootstrap, difference, drift, flips, scaled_confidence, tpr_at_fpr

@@ -40,11 +40,11 @@ from bench.tuned import (
     write,
 )
 from models.examples import Example
-from models.gate import GateSpace, fit_gate
+from models.gate import GateSpace
+from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.inference import Classifier, answer_scores
 from models.metrics import difference
-from models.routed_checks import claimed_rows
 from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
 from models.surroundings import ROUTED_TRAINING, Surroundings, look_around
@@ -56,7 +56,7 @@ KS = (1, 2, 4, 8, 16, 32)
 MIN_TRAIN, MIN_UNSEEN = 8, 5
 GATE_ROWS = 4096
 # The service's defaults.
-FALSE_CLAIMS, CERTAIN_CLAIMS, TOTAL_CLAIMS, MAX_PROMPTS = 0.002, 0.0005, 0.1, 4
+FALSE_CLAIMS, CERTAIN_CLAIMS, MAX_PROMPTS = 0.002, 0.0005, 4
 # What a gate may claim, and of that what it may decide without its prompt (None: nothing; the same: everything).
 MODES: dict[str, tuple[float, float | None]] = {
     "routed": (FALSE_CLAIMS, CERTAIN_CLAIMS),
@@ -243,8 +243,6 @@ def build(run: Bench, count: int, console: Console) -> tuple[dict[str, Routes], 
                 digests=[],
                 max_false_claims=rate,
                 max_certain_claims=certain,
-                claimed=claimed_rows(states, sets[name]),
-                max_total_claims=TOTAL_CLAIMS,
             )
             for name, (rate, certain) in MODES.items()
         }
@@ -255,8 +253,8 @@ def build(run: Bench, count: int, console: Console) -> tuple[dict[str, Routes], 
                 "person": person.name,
                 "texts": len(person.forget),
                 **found,
-                "unseen_recall_estimate": fit.unseen_recall,
-                "false_claim_rate": fit.false_claim_rate,
+                "unseen_claimed_estimate": fit.unseen_claimed,
+                "unseen_certain_estimate": fit.unseen_certain,
                 "directions": len(fit.gate.directions),
             }
         )

@@ -9,8 +9,6 @@ the same subject share, and the score is a cosine: linear, one matrix product fo
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,11 +22,7 @@ from models.soft_prompt import header_fingerprint
 
 RIDGE = 0.02  # of the mean variance of a direction
 MAX_RANK = 1024  # directions that are whitened one by one; the others share one variance
-OWN_RECALL = 0.95  # of the forget texts that the directions of a gate are to reach
-MAX_DIRECTIONS = 128
 NEVER = 2.0  # above every cosine
-_ROUNDS = 10  # of k-means
-_HELD_OUT = 64  # forget texts that are left out in turn to estimate the recall
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,117 +148,6 @@ class Gate:
         )
 
 
-@dataclass(frozen=True)
-class GateFit:
-    """A gate and what is known of it. Rates are fractions of rows.
-
-    ``false_claim_rate``: of the calibration rows. ``own_recall``: of the forget texts, by score alone.
-    ``unseen_recall``: estimated by leaving each forget text out in turn; None for a single text.
-    """
-
-    gate: Gate
-    false_claim_rate: float
-    own_recall: float
-    unseen_recall: float | None
-    claimed: Tensor  # (N,) bool: which calibration rows
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """What the calibration rows (N) allow: how many may be claimed, and how many of those no other gate claims."""
-
-    allowed: int
-    room: int
-    unclaimed: Tensor  # (N,) bool
-
-    def threshold(self, scores: Tensor) -> float:
-        """The least that keeps to both."""
-        return max(_threshold(scores, self.allowed), _threshold(scores[self.unclaimed], self.room))
-
-
-def fit_gate(
-    forget: Tensor,
-    calibration: Tensor,
-    space: GateSpace,
-    *,
-    digests: Sequence[bytes],
-    max_false_claims: float,
-    max_certain_claims: float | None = None,
-    claimed: Tensor | None = None,
-    max_total_claims: float = 1.0,
-) -> GateFit:
-    """Fit on states of the forget texts (n, D), calibrate on states of retain rows (N, D) that the space has not seen.
-
-    At most ``max_false_claims`` of the calibration rows are claimed; and with those that are ``claimed`` (N,) by other
-    gates already, at most ``max_total_claims``: the threshold rises as far as that takes. ``max_certain_claims``: the
-    share that the gate may decide without its prompt; None leaves all to the prompt. Texts on one subject share a
-    direction; where one does not reach them all, there are twice as many, and so on. Raises DatasetError.
-    """
-    if not len(forget) or not len(calibration):
-        raise DatasetError("a gate needs forget texts and calibration rows")
-    own, others = space.points(forget), space.points(calibration)
-    count = len(calibration)
-    unclaimed = torch.ones(count, dtype=torch.bool) if claimed is None else ~claimed
-    room = math.floor(max_total_claims * count) - int((~unclaimed).sum())
-    limits = _Limits(math.floor(max_false_claims * count), max(0, room), unclaimed)
-    clusters = 1
-    while True:
-        belongs = _cluster(own, clusters)
-        directions = _directions(own, belongs)
-        scores = best_cosines(others, directions)
-        threshold = limits.threshold(scores)
-        recall = int((best_cosines(own, directions) > threshold).sum()) / len(own)
-        if recall >= OWN_RECALL or len(directions) < clusters or clusters >= min(len(own), MAX_DIRECTIONS):
-            break
-        clusters = min(2 * clusters, len(own), MAX_DIRECTIONS)
-    certain = NEVER
-    if max_certain_claims is not None:
-        certain = max(threshold, _threshold(scores, math.floor(max_certain_claims * count)))
-    gate = Gate(
-        directions=directions,
-        threshold=threshold,
-        certain=certain,
-        digests=torch.tensor([list(d) for d in digests], dtype=torch.uint8).reshape(-1, 32),
-        space=space.digest,
-    )
-    hits = scores > threshold
-    return GateFit(
-        gate,
-        false_claim_rate=int(hits.sum()) / count,
-        own_recall=recall,
-        unseen_recall=_left_out_recall(own, belongs, directions, others, limits),
-        claimed=hits,
-    )
-
-
-def mean_direction(points: Tensor) -> Tensor:
-    """The direction (D,) of points (n, D)."""
-    return torch.nn.functional.normalize(points.mean(0), dim=0)
-
-
-def _directions(points: Tensor, belongs: Tensor) -> Tensor:
-    """The mean direction (c, D) of each cluster that has points."""
-    return torch.stack([mean_direction(points[belongs == c]) for c in belongs.unique().tolist()])
-
-
-def _cluster(points: Tensor, count: int) -> Tensor:
-    """Spherical k-means: the cluster (n,) of each point. It starts from points far apart, so it needs no chance."""
-    if count == 1:
-        return torch.zeros(len(points), dtype=torch.long)
-    centers = [int((points @ mean_direction(points)).argmax())]
-    nearest = points @ points[centers[0]]
-    for _ in range(count - 1):
-        centers.append(int(nearest.argmin()))
-        nearest = torch.maximum(nearest, points @ points[centers[-1]])
-    belongs = (points @ points[centers].T).argmax(1)
-    for _ in range(_ROUNDS):
-        moved = (points @ _directions(points, belongs).T).argmax(1)
-        if torch.equal(moved, belongs):
-            break
-        belongs = moved
-    return belongs
-
-
 def best_cosines(points: Tensor, directions: Tensor) -> Tensor:
     """Score (N,) of points (N, D): the cosine with the nearest of directions (c, D)."""
     return cosines(points, directions).max(1).values
@@ -277,32 +160,6 @@ def cosines(points: Tensor, directions: Tensor) -> Tensor:
     the score of a real text, which must not be claimed or let go because another gate came or went.
     """
     return (points.double() @ directions.double().T).float()
-
-
-def _threshold(scores: Tensor, allowed: int) -> float:
-    """The least threshold that at most ``allowed`` of the scores pass (are greater)."""
-    if allowed >= len(scores):
-        return -1.0  # the least cosine; -1 itself is not claimed
-    return float(scores.topk(allowed + 1).values[-1])
-
-
-def _left_out_recall(own: Tensor, belongs: Tensor, directions: Tensor, others: Tensor, limits: _Limits) -> float | None:
-    """Of the first _HELD_OUT forget points (n, D), how many a gate would claim that was fitted without the point."""
-    if len(own) < 2:
-        return None
-    names = belongs.unique().tolist()
-    scores = cosines(others, directions)
-    hits = 0
-    for i in range(min(len(own), _HELD_OUT)):
-        place = names.index(int(belongs[i]))
-        mates = own[(belongs == belongs[i]) & (torch.arange(len(own)) != i)]
-        kept = [c for c in range(len(names)) if c != place]
-        rest, seen = scores[:, kept], directions[kept]
-        if len(mates):
-            without = mean_direction(mates).unsqueeze(0)
-            rest, seen = torch.cat([rest, cosines(others, without)], 1), torch.cat([seen, without])
-        hits += float(best_cosines(own[i : i + 1], seen)) > limits.threshold(rest.max(1).values)
-    return hits / min(len(own), _HELD_OUT)
 
 
 def _load(data: bytes, kinds: dict[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:

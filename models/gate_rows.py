@@ -1,4 +1,8 @@
-"""The retain rows behind the gates: half to whiten the space on, half, which the space never saw, to calibrate with."""
+"""The retain rows behind the gates: half to whiten the space on, a quarter to calibrate with, a quarter to check with.
+
+Neither space nor thresholds have seen the rows of the checks, whose rates are those of fresh texts. With the rows that
+set the thresholds a set of gates would keep to any limit there is, and to none outside.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,14 @@ _VERSION = 1  # of how a space is made from its rows
 class GateRows:
     """At most ``count`` rows of ``retain``, the same ones whenever they are there: those with the least text digests.
 
-    ``space_rows`` and ``calibration_rows`` are indices into ``retain``; a row is always on the same side.
+    ``space_rows``, ``calibration_rows`` and ``check_rows`` are indices into ``retain``; a row never changes sides.
     """
 
     def __init__(self, llm: FrozenLLM, retain: Sequence[Example], count: int, directory: Path | None = None) -> None:
-        """Raises DatasetError when there are too few different texts for both sides."""
+        """Raises DatasetError when there are too few different texts for all sides."""
         self.llm, self.retain = llm, retain
-        self.space_rows, self.calibration_rows = _sides(retain, count)
-        if len(self.space_rows) < 2 or len(self.calibration_rows) < 2:
+        self.space_rows, self.calibration_rows, self.check_rows = _sides(retain, count)
+        if min(len(self.space_rows), len(self.calibration_rows), len(self.check_rows)) < 2:
             raise DatasetError("the retain set has too few different texts for a gate")
         width = len(gate_layers(llm)) * llm.hidden_size
         file = directory / f"gate-{llm.fingerprint[:32]}.npz" if directory is not None else None
@@ -62,11 +66,12 @@ def space_source(llm: FrozenLLM, retain: Sequence[Example], count: int) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _sides(retain: Sequence[Example], count: int) -> tuple[list[int], list[int]]:
-    """Indices of the rows to whiten on and of those to calibrate with, in an order that depends on their texts only."""
+def _sides(retain: Sequence[Example], count: int) -> tuple[list[int], list[int], list[int]]:
+    """Indices of the rows to whiten on, to calibrate and to check with, ordered by nothing but their texts."""
     ranked: dict[bytes, int] = {}
     for index, row in enumerate(retain):
         ranked.setdefault(hashlib.sha256(b"gate row\0" + row.text.encode()).digest(), index)
     order = sorted(ranked)
-    whiten, calibrate = ([ranked[d] for d in order if d[-1] % 2 == side][: count // 2] for side in (0, 1))
-    return whiten, calibrate
+    whiten = [ranked[d] for d in order if d[-1] % 2 == 0][: count // 2]
+    calibrate, check = ([ranked[d] for d in order if d[-1] % 4 == side][: count // 4] for side in (1, 3))
+    return whiten, calibrate, check

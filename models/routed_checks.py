@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.errors import DatasetError
 from models.evaluation import CheckLimits, retain_figures, stratified
 from models.examples import Example
-from models.gate import GateFit
+from models.gate_fit import GateFit
 from models.inference import Classifier
 from models.routing import Routed, Routes, classify_routed
 
 
 @dataclass(frozen=True)
 class RoutedLimits:
-    """``checks`` as for a stack; of the calibration rows all gates together may claim ``max_total_claims``."""
+    """``checks`` as for a stack; of the check rows all gates together may claim ``max_total_claims``."""
 
     checks: CheckLimits
     max_total_claims: float
@@ -33,21 +32,23 @@ class RoutedReport:
     Rates are fractions of rows, accuracies over labels + generic.
 
     ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
-    that knows the forget texts by their digests.
-    ``unseen_recall``: the gate's, estimated by leaving forget texts out; None for a single text.
-    ``false_claim_rate`` is this gate's, ``total_claim_rate`` the whole set's, on the rows that set the thresholds;
-    ``false_abstain_rate``: of those rows, the share that this request's prompt would answer ``unknown``.
-    ``lost_canaries``: earlier requests whose forget texts would no longer reach their prompt.
+    that knows the forget texts by their digests. ``prompt_abstain``: by the prompt alone, whatever the gate says.
+    ``unseen_claimed`` and ``unseen_certain``: see ``GateFit``; what is served lies between the two.
+    ``false_claim_rate`` is this gate's, ``total_claim_rate`` the whole set's, on rows that set no threshold;
+    ``false_abstain_rate``: of those rows, the share that this request alone would answer ``unknown``.
+    ``lost_canaries``: earlier requests whose gate's own directions would no longer reach their prompt.
     """
 
     forget_abstain: float
     forget_abstain_before: float
+    prompt_abstain: float
     gate_recall: float
-    unseen_recall: float | None
+    unseen_claimed: float | None
+    unseen_certain: float | None
     false_claim_rate: float
     false_abstain_rate: float
     total_claim_rate: float
-    calibration_rows: int
+    check_rows: int
     retain_accuracy: float
     retain_accuracy_before: float
     per_class: dict[str, dict[str, float]]
@@ -68,7 +69,7 @@ def check_routes(
     routes: Routes,
     fit: GateFit,
     forget: Sequence[Example],
-    calibration: Sequence[Example],
+    rows: Sequence[Example],
     states: Tensor,
     *,
     max_retain_rows: int,
@@ -77,11 +78,10 @@ def check_routes(
 ) -> RoutedReport:
     """``routes`` is ``others`` and, last, the request in question, whose gate ``fit`` describes.
 
-    ``calibration``: retain rows with ``states`` (N, D) that neither the gate space nor the prompt was trained on. They
-    did set the thresholds, so claim rates keep to their limits here; fresh rows give a little more (decision 9).
-    Raises DatasetError when a side is empty, TextTooLong.
+    ``rows``: retain rows with ``states`` (N, D) that neither space, thresholds nor prompt have seen. Raises
+    DatasetError when a side is empty, TextTooLong.
     """
-    if not forget or not calibration:
+    if not forget or not rows:
         raise DatasetError("checks need at least one forget row and one retain row")
     last = len(routes) - 1
 
@@ -95,24 +95,29 @@ def check_routes(
 
     # Both: another request's prompt may push this one out, and must not stand in for it, since it may be revoked.
     own, own_alone = answers([e.text for e in forget]), answers_alone([e.text for e in forget])
-    sample, weights = stratified(calibration, max_retain_rows, seed)
+    sample, weights = stratified(rows, max_retain_rows, seed)
     retained = answers([e.text for e in sample])
     figures = retain_figures(sample, weights, [r.base for r in retained], [r.answer for r in retained])
 
     margins = routes.margins(states)
     claimed = (margins[:, last] > 0).nonzero().flatten().tolist()
-    false_abstain = sum(found.answer.abstained for found in answers_alone([calibration[i].text for i in claimed]))
-    total = int((margins > 0).any(1).sum()) / len(calibration)
-    before = int((margins[:, :last] > 0).any(1).sum()) / len(calibration)
+    false_abstain = sum(found.answer.abstained for found in answers_alone([rows[i].text for i in claimed]))
+    total = int((margins > 0).any(1).sum()) / len(rows)
+    prompted = classifier.classify([e.text for e in forget], [routes.routes[last].prompt])
+    prompt_abstain = sum(answer.abstained for answer in prompted) / len(forget)
     abstain = sum(a.answer.abstained and b.answer.abstained for a, b in zip(own, own_alone, strict=True)) / len(own)
     lost = lost_canaries(others, routes, limits.max_prompts)
 
     checks = limits.checks
-    found: dict[str, list[str]] = {"forget": [], "retain": figures.violations(checks), "set": []}
+    found: dict[str, list[str]] = {"forget": [], "retain": [], "set": []}
     if abstain < checks.min_forget_abstain:
         found["forget"].append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
-    # Over the limit already, when the retain set shrank: then a request that adds nothing to it is not to blame.
-    if total > max(limits.max_total_claims + 1e-9, before):
+    if prompt_abstain < checks.min_forget_abstain:
+        found["forget"].append(f"the prompt's own {prompt_abstain:.4f} is below {checks.min_forget_abstain}")
+    # What earlier requests have used up is not this prompt's to mend.
+    disturbs = any(last in r.claims and r.answer.abstained for r in retained)
+    found["retain" if disturbs else "set"] += figures.violations(checks)
+    if total > max(limits.max_total_claims, 1 / len(rows)) + 1e-9:  # one row is no evidence
         found["set"].append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
     if lost:
         found["set"].append(f"{lost} earlier requests would no longer be reached by their own texts")
@@ -120,12 +125,14 @@ def check_routes(
     return RoutedReport(
         forget_abstain=abstain,
         forget_abstain_before=sum(r.base.abstained for r in own) / len(own),
+        prompt_abstain=prompt_abstain,
         gate_recall=fit.own_recall,
-        unseen_recall=fit.unseen_recall,
-        false_claim_rate=len(claimed) / len(calibration),
-        false_abstain_rate=false_abstain / len(calibration),
+        unseen_claimed=fit.unseen_claimed,
+        unseen_certain=fit.unseen_certain,
+        false_claim_rate=len(claimed) / len(rows),
+        false_abstain_rate=false_abstain / len(rows),
         total_claim_rate=total,
-        calibration_rows=len(calibration),
+        check_rows=len(rows),
         retain_accuracy=figures.after,
         retain_accuracy_before=figures.before,
         per_class=figures.per_class,
@@ -159,10 +166,3 @@ def lost_canaries(before: Routes, after: Routes, max_prompts: int) -> int:
         if owner in a and owner not in b and not sure
     }
     return len(lost)
-
-
-def claimed_rows(states: Tensor, routes: Routes) -> Tensor:
-    """Which rows (N,) any of the routes claims."""
-    if not len(routes):
-        return torch.zeros(len(states), dtype=torch.bool)
-    return (routes.margins(states) > 0).any(1)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.examples import Example
-from models.gate import GateSpace, fit_gate
+from models.gate import GateSpace
+from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.llm import FrozenLLM
 from models.text_states import text_states
@@ -27,16 +28,18 @@ NEAR_ROWS = 256
 
 @dataclass(frozen=True, repr=False)
 class Surroundings:
-    """``forget`` (n) with its ``states`` (n, D), the retain rows to train on, and those to calibrate and check with.
+    """``forget`` (n) with its ``states`` (n, D), the retain rows to train on, and states (N, D) to calibrate with.
 
-    ``own_recall``: of the forget texts, what a gate can reach at all.
+    ``check``: the rows of the checks, with ``check_states`` (N, D). ``own_recall``: of the forget texts, what a gate
+    can reach at all.
     """
 
     forget: Sequence[Example]
     states: Tensor
     near: list[Example]
-    calibration: list[Example]
     calibration_states: Tensor
+    check: list[Example]
+    check_states: Tensor
     space: GateSpace
     own_recall: float
 
@@ -44,7 +47,7 @@ class Surroundings:
 def look_around(
     llm: FrozenLLM, rows: GateRows, space: GateSpace, forget: Sequence[Example], *, max_false_claims: float
 ) -> Surroundings:
-    """Deterministic in its arguments. ``own_recall`` is that of a gate beside no other. Raises TextTooLong."""
+    """Deterministic in its arguments. Raises TextTooLong."""
     states = text_states(llm, [e.text for e in forget])
     calibration = rows.states(rows.calibration_rows)
     alone = fit_gate(states, calibration, space, digests=[], max_false_claims=max_false_claims)
@@ -52,8 +55,9 @@ def look_around(
         forget=forget,
         states=states,
         near=[rows.retain[i] for i in rows.nearest(space, alone.gate.directions, NEAR_ROWS)],
-        calibration=[rows.retain[i] for i in rows.calibration_rows],
         calibration_states=calibration,
+        check=[rows.retain[i] for i in rows.check_rows],
+        check_states=rows.states(rows.check_rows),
         space=space,
         own_recall=alone.own_recall,
     )

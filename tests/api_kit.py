@@ -29,7 +29,8 @@ from app.deps import Service
 from app.lifecycle import ForgetText
 from app.main import create_app, make_server
 from app.settings import Settings
-from models.gate import Gate, GateSpace, fit_gate, fit_space
+from models.gate import Gate, GateSpace, fit_space
+from models.gate_fit import fit_gate
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.text_states import gate_layers, text_states

@@ -30,12 +30,13 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
 
 def _sides(llm: FrozenLLM, retain: list[Example], count: int) -> tuple[list[str], list[str]]:
     rows = GateRows(llm, retain, count)
-    space, calibration = ([retain[i].text for i in side] for side in (rows.space_rows, rows.calibration_rows))
-    return space, calibration
+    sides = (rows.space_rows, rows.calibration_rows, rows.check_rows)
+    space, calibration, check = ([retain[i].text for i in side] for side in sides)
+    return space, calibration, check
 
 
 @settings(max_examples=30, deadline=None)
-@given(order=st.permutations(range(len(RETAIN))), count=st.integers(4, 50))
+@given(order=st.permutations(range(len(RETAIN))), count=st.integers(8, 50))
 def test_the_same_rows_whatever_the_order(llm: FrozenLLM, order: list[int], count: int) -> None:
     assert _sides(llm, [RETAIN[i] for i in order], count) == _sides(llm, RETAIN, count)
 
@@ -44,24 +45,24 @@ def test_the_same_rows_whatever_the_order(llm: FrozenLLM, order: list[int], coun
 @given(seed=st.integers(0, 1 << 30), gone=st.integers(0, 25))
 def test_rows_that_are_taken_away_move_no_other_row(llm: FrozenLLM, seed: int, gone: int) -> None:
     before = _sides(llm, RETAIN, 16)
-    unrelated = [e for e in RETAIN if e.text not in {*before[0], *before[1]}]
+    unrelated = [e for e in RETAIN if e.text not in {text for side in before for text in side}]
     taken = random.Random(seed).sample(unrelated, min(gone, len(unrelated)))
     assert _sides(llm, [e for e in RETAIN if e not in taken], 16) == before
     # Also when a chosen row goes: the others stay, on their side and in their order, and the next one follows.
     chosen = random.Random(seed).choice(before[0])
-    space, calibration = _sides(llm, [e for e in RETAIN if e.text != chosen], 16)
+    space, *others = _sides(llm, [e for e in RETAIN if e.text != chosen], 16)
     assert space[: len(before[0]) - 1] == [text for text in before[0] if text != chosen]
-    assert calibration == before[1]
+    assert tuple(others) == before[1:]
 
 
 def test_the_sides_are_disjoint_different_texts_within_the_count(llm: FrozenLLM) -> None:
     doubled = [*RETAIN, *RETAIN]
-    for count in (4, 9, 16, 1000):
-        space, calibration = _sides(llm, doubled, count)
-        assert not set(space) & set(calibration)
-        assert len(set(space)) == len(space) <= count // 2
-        assert len(set(calibration)) == len(calibration) <= count // 2
-    assert sorted(space + calibration) == sorted(e.text for e in RETAIN), "with room for all, all are read"
+    for count in (8, 13, 16, 1000):
+        space, calibration, check = _sides(llm, doubled, count)
+        assert len({*space, *calibration, *check}) == len(space) + len(calibration) + len(check)
+        assert len(space) <= count // 2 and len(calibration) <= count // 4 and len(check) <= count // 4
+    everything = sorted(space + calibration + check)
+    assert everything == sorted(e.text for e in RETAIN), "with room for all, all are read"
     assert _sides(llm, doubled, 16) == _sides(llm, RETAIN, 16)
 
 
@@ -70,7 +71,7 @@ def test_too_few_rows_are_refused(llm: FrozenLLM, retain: list[Example]) -> None
     with pytest.raises(DatasetError, match="too few different texts"):
         GateRows(llm, retain, 16)
     with pytest.raises(DatasetError, match="too few different texts"):
-        GateRows(llm, RETAIN, 3)
+        GateRows(llm, RETAIN, 7)
 
 
 def test_states_are_those_of_the_texts(llm: FrozenLLM) -> None:

@@ -14,10 +14,11 @@ from tiny_models import make_tiny_model
 from models.errors import DatasetError, TextTooLong
 from models.evaluation import CheckLimits
 from models.examples import Example
-from models.gate import NEVER, Gate, GateFit, cosines, fit_space, mean_direction
+from models.gate import NEVER, Gate, cosines, fit_space
+from models.gate_fit import GateFit, mean_direction
 from models.inference import Classifier
 from models.llm import FrozenLLM
-from models.routed_checks import RoutedLimits, RoutedReport, check_routes, claimed_rows, lost_canaries
+from models.routed_checks import RoutedLimits, RoutedReport, check_routes, lost_canaries
 from models.routing import Route, Routes
 from models.soft_prompt import SoftPrompt
 from models.text_states import text_states
@@ -39,10 +40,10 @@ class World:
         self.points = self.space.points(self.states)
         self.base = [answer.label for answer in self.classifier.classify(TEXTS)]
         self.always, self.never = self._prompt(len(TEXTS)), self._prompt(0)
-        # The base model is right on all calibration rows but the last.
+        # The base model is right on all retain rows but the last.
         right = self.base[2:]
-        self.calibration = [Example(text, label) for text, label in zip(CALIBRATION, right, strict=True)]
-        self.calibration[-1] = Example(CALIBRATION[-1], OTHER[right[-1]])
+        self.rows = [Example(text, label) for text, label in zip(CALIBRATION, right, strict=True)]
+        self.rows[-1] = Example(CALIBRATION[-1], OTHER[right[-1]])
 
     def _prompt(self, abstains: int) -> SoftPrompt:
         for seed in range(300):
@@ -71,20 +72,20 @@ class World:
         route: Route,
         others: Sequence[Route] = (),
         *,
-        calibration: Sequence[Example] | None = None,
+        rows: Sequence[Example] | None = None,
         limits: CheckLimits | None = None,
         max_total_claims: float = 1.0,
         max_prompts: int = 4,
         max_retain_rows: int = 100,
     ) -> RoutedReport:
-        fit = GateFit(route.gate, 0.25, 0.75, 0.5, torch.zeros(len(CALIBRATION), dtype=torch.bool))
+        fit = GateFit(route.gate, 0.75, 0.5, 0.25)
         return check_routes(
             self.classifier,
             self.routes(*others),
             self.routes(*others, route),
             fit,
             [Example(text) for text in FORGET],
-            self.calibration if calibration is None else calibration,
+            self.rows if rows is None else rows,
             self.states[2:],
             max_retain_rows=max_retain_rows,
             seed=0,
@@ -101,18 +102,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def _label(world: World, row: int) -> str:
-    label = world.calibration[row].label
+    label = world.rows[row].label
     assert label is not None
     return label
 
 
 def test_figures_by_hand(world: World) -> None:
-    """One of two forget texts and the first of ten calibration rows are claimed, and the prompt abstains on both."""
+    """One of two forget texts and the first of ten retain rows are claimed, and the prompt abstains on both."""
     report = world.check(Route(world.always, world.gate(0, 2)))
     assert (report.forget_abstain, report.forget_abstain_before) == (0.5, 0.0)
-    assert (report.gate_recall, report.unseen_recall) == (0.75, 0.5), "as the fit says"
+    assert (report.gate_recall, report.unseen_claimed, report.unseen_certain) == (0.75, 0.5, 0.25), "as the fit says"
+    assert report.prompt_abstain == 1.0, "whatever the gate claims"
     assert (report.false_claim_rate, report.false_abstain_rate, report.total_claim_rate) == (0.1, 0.1, 0.1)
-    assert (report.calibration_rows, report.retain_rows) == (10, 10)
+    assert (report.check_rows, report.retain_rows) == (10, 10)
     assert report.retain_accuracy_before == pytest.approx(0.9)
     assert report.retain_accuracy == pytest.approx(0.8)
     for label, found in report.per_class.items():
@@ -159,7 +161,7 @@ def test_a_request_that_passes_only_through_anothers_prompt_fails(world: World) 
     others = [Route(world.always, world.gate(0, 2))]
     report = world.check(Route(world.never, world.gate(0, 2)), others, limits=CheckLimits(0.5, 1.0, 1.0))
     assert report.forget_abstain == 0
-    assert report.violations == ["forget abstain rate 0.0000 is below 0.5"]
+    assert report.violations[0] == "forget abstain rate 0.0000 is below 0.5"
     assert world.check(Route(world.always, world.gate(0, 2)), others, limits=CheckLimits(0.5, 1.0, 1.0)).passed
 
 
@@ -174,7 +176,7 @@ def test_a_request_that_would_pass_alone_counts_as_it_is_served(world: World) ->
 
 def test_unlabelled_rows_count_the_bare_models_answer(world: World) -> None:
     unlabelled = [Example(text) for text in CALIBRATION]
-    report = world.check(Route(world.always, world.gate(0, 2)), calibration=unlabelled)
+    report = world.check(Route(world.always, world.gate(0, 2)), rows=unlabelled)
     assert (report.retain_accuracy_before, report.retain_accuracy) == (1.0, 0.9)
 
 
@@ -182,8 +184,8 @@ def test_a_sample_is_weighed_back(world: World) -> None:
     """Of one row per class, each stands for its class; the rates are of all rows all the same."""
     report = world.check(Route(world.always, world.gate(0, 2)), max_retain_rows=2)
     assert report.retain_rows == 2
-    assert (report.calibration_rows, report.false_claim_rate) == (10, 0.1)
-    sizes = {label: sum(e.label == label for e in world.calibration) for label in report.per_class}
+    assert (report.check_rows, report.false_claim_rate) == (10, 0.1)
+    sizes = {label: sum(e.label == label for e in world.rows) for label in report.per_class}
     assert report.retain_accuracy == pytest.approx(
         sum(found["after"] * sizes[label] for label, found in report.per_class.items()) / 10
     )
@@ -199,7 +201,7 @@ def test_a_sample_is_weighed_back(world: World) -> None:
         ),  # to the last row; 0.1 is above itself in float32
         (CheckLimits(0.51, 0.1, 0.0), {}, "forget abstain rate 0.5000 is below 0.51"),
         (CheckLimits(0.5, 0.09, 0.0), {}, "retain accuracy fell by 0.1000, more than 0.09"),
-        (CheckLimits(0.5, 0.1, 0.0), {"max_total_claims": 0.09}, "the gates claim 0.1000 of the retain rows"),
+        (CheckLimits(0.5, 0.1, 0.0), {"max_total_claims": 0.01}, None),  # one row is no evidence
     ],
 )
 def test_every_limit(world: World, limits: CheckLimits, options: dict[str, Any], violation: str | None) -> None:
@@ -230,26 +232,32 @@ def test_total_claims_at_the_cap_are_no_violation_whatever_the_fraction(world: W
         assert report.passed, report.violations
 
 
-def test_above_the_cap_already_a_gate_may_add_nothing(world: World) -> None:
-    """The retain set may shrink under a set in force; a request that claims nothing new is not to blame for that."""
+def test_what_earlier_requests_used_up_is_the_sets(world: World) -> None:
+    """A full set takes no more, also where the new request adds nothing on these rows: on others it will."""
     others = [Route(world.never, world.gate(row)) for row in (3, 4)]
-    for claimed in ((0,), (3,), (0, 4)):
+    for claimed in ((0,), (3,), (5,)):
         report = world.check(Route(world.always, world.gate(*claimed)), others, max_total_claims=0.1)
-        assert report.total_claim_rate == 0.2
-        assert report.passed, report.violations
-    for claimed in ((5,), (3, 5)):
-        report = world.check(Route(world.always, world.gate(*claimed)), others, max_total_claims=0.1)
-        assert report.violations == ["the gates claim 0.3000 of the retain rows, more than 0.1"]
-    assert world.check(Route(world.always, world.gate(5)), others, max_total_claims=0.3).passed
+        assert report.missed == ["set"] and "more than 0.1" in report.violations[0]
+    disturbing = [Route(world.always, world.gate(row)) for row in (2, 3)]
+    limits = CheckLimits(0.0, 0.1, 1.0)
+    assert world.check(Route(world.always, world.gate(0)), disturbing, limits=limits).missed == ["set"]
+    assert world.check(Route(world.always, world.gate(4)), disturbing, limits=limits).missed == ["retain"]
+
+
+def test_a_prompt_that_learned_nothing_fails_whatever_its_gate_decides(world: World) -> None:
+    gate = world.gate(0, 1)
+    report = world.check(Route(world.never, replace(gate, certain=gate.threshold)), limits=CheckLimits(0.9, 1.0, 1.0))
+    assert (report.forget_abstain, report.prompt_abstain) == (1.0, 0.0)
+    assert report.missed == ["forget"] and "the prompt's own 0.0000" in report.violations[0]
 
 
 def test_empty_sides_and_long_texts_are_refused(world: World) -> None:
     route = Route(world.always, world.gate(0, 2))
     with pytest.raises(DatasetError):
-        world.check(route, calibration=[])
+        world.check(route, rows=[])
     with pytest.raises(TextTooLong):
-        world.check(route, calibration=[Example("good " * 600, "positive"), *world.calibration[1:]])
-    fit = GateFit(route.gate, 0, 0, None, torch.zeros(10, dtype=torch.bool))
+        world.check(route, rows=[Example("good " * 600, "positive"), *world.rows[1:]])
+    fit = GateFit(route.gate, 0, None, None)
     with pytest.raises(DatasetError):
         check_routes(
             world.classifier,
@@ -257,7 +265,7 @@ def test_empty_sides_and_long_texts_are_refused(world: World) -> None:
             world.routes(route),
             fit,
             [],
-            world.calibration,
+            world.rows,
             world.states[2:],
             max_retain_rows=10,
             seed=0,
@@ -299,9 +307,3 @@ def test_a_request_is_lost_once_and_only_if_it_was_reached(world: World) -> None
     assert lost_canaries(world.routes(one, two), world.routes(one, two, eager), 2) == 1
     deaf = Route(world.always, replace(two.gate, threshold=1.0))
     assert lost_canaries(world.routes(deaf), world.routes(deaf, eager), 1) == 0, "never reached, so not lost"
-
-
-def test_claimed_rows(world: World) -> None:
-    assert claimed_rows(world.states, world.routes()).tolist() == [False] * len(TEXTS)
-    routes = world.routes(Route(world.always, world.gate(0, 2)), Route(world.always, world.gate(2, 5)))
-    assert claimed_rows(world.states, routes).nonzero().flatten().tolist() == [0, 2, 5]

@@ -12,13 +12,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.errors import ModeMismatch, NotReady, VaultError
-from app.settings import Settings
+from app.settings import Mode, Settings
 from app.stack import StackReader
 from app.tracebacks import where
 from app.vault import Vault
 from models.errors import FingerprintMismatch, ModelError
 from models.examples import Example
 from models.llm import FrozenLLM
+from worker.concatenated import open_all_canaries
 
 UNREADABLE = (NotReady, VaultError, ModelError)
 """What a ``StackReader`` says of a set that cannot be read."""
@@ -52,14 +53,16 @@ def unforgotten(context: Context, forgotten: set[bytes]) -> list[Example]:
     return [example for example, digest in pairs if digest not in forgotten]
 
 
-def why_unreadable(context: Context, reader: StackReader) -> str | None:
+def why_unreadable(context: Context) -> str | None:
     """What keeps the set in force from being read, if anything: a damaged row is no fault of the request that waits.
 
     A set of another mode or model reads well, and the job tells the client of it. Raises SQLAlchemyError.
     """
     try:
         with context.sessions() as session:
-            reader.read(session)
+            stack = stack_reader(context).read(session)
+            if context.settings.mode == Mode.CONCATENATE:
+                open_all_canaries(session, vault=context.vault, stack=stack)
     except (ModeMismatch, FingerprintMismatch):
         return None
     except UNREADABLE as error:
@@ -69,3 +72,8 @@ def why_unreadable(context: Context, reader: StackReader) -> str | None:
     except Exception as error:  # a bug there, too, must neither end requests nor the worker
         return where(error)
     return None
+
+
+def stack_reader(context: Context) -> StackReader:
+    """One for each reading: a worker keeps nothing of other people's prompts, which may be revoked meanwhile."""
+    return StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=context.settings.mode)

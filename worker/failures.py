@@ -29,7 +29,11 @@ class ChecksFailed(JobFailed):
 
 
 class Stopped(Exception):
-    """No outcome yet: shutdown, cancellation, a lost lease, or an active set that cannot be read."""
+    """The job was told to stop (shutdown, cancellation or a lost lease) before it had an outcome."""
+
+
+class SetUnreadable(Stopped):
+    """The active set, or what came with it, cannot be read: no fault of this request's, which waits."""
 
 
 def last_word(error: Exception) -> JobFailed:

@@ -15,7 +15,7 @@ from app.active_set import TrainedGate
 from app.errors import LeaseLost, ModeMismatch, StaleActiveSet
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode
-from app.stack import Stack, StackReader
+from app.stack import Stack
 from app.tracebacks import where
 from models.canaries import make_canaries
 from models.errors import (
@@ -35,8 +35,8 @@ from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from models.training import TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries
-from worker.context import UNREADABLE, Context, unforgotten
-from worker.failures import ChecksFailed, JobFailed, Stopped, last_word
+from worker.context import UNREADABLE, Context, stack_reader, unforgotten
+from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word
 from worker.knobs import training_config
 from worker.reporting import Reporter
 from worker.routed import fit_and_check, surroundings, trained_gate
@@ -52,26 +52,29 @@ T = TypeVar("T")
 class Job:
     """The steps of one attempt."""
 
-    def __init__(self, context: Context, claim: Claim, heartbeat: Heartbeat, reader: StackReader) -> None:
+    def __init__(self, context: Context, claim: Claim, heartbeat: Heartbeat) -> None:
         self.context = context
         self.claim = claim
         self.heartbeat = heartbeat
         self.settings = context.settings
         self.reporter = Reporter(context.sessions, claim, cancelled=heartbeat.cancelled)
-        self.reader = reader
         self.deadline = float("inf")
         # In mode routed a prompt shares its context with no other; else it is trained behind those in force.
         self.alone = self.settings.mode == Mode.ROUTED
 
-    def run(self) -> None:
-        """Train, check, then activate, fail, cancel or release. Raises LeaseLost, and whatever is left to the lease."""
-        claim = self.claim
+    def run(self) -> bool:
+        """Train, check, then activate, fail, cancel or release; False when it was handed back and has to wait.
+
+        Raises LeaseLost, and whatever is left to the lease.
+        """
+        claim, waits = self.claim, False
         try:
             outcome = self.train_and_activate()
         except CancelRequested:
             self.commit(lambda session: lifecycle.finish_cancelled(session, claim))
             outcome = "cancelled"
-        except Stopped:
+        except Stopped as stopped:
+            waits = isinstance(stopped, SetUnreadable)
             outcome = self.end_stopped()
         except JobFailed as failure:
             self.end_failed(failure)
@@ -85,6 +88,7 @@ class Job:
             self.end_failed(last_word(error))
             outcome = "failed"
         log.info("%s: attempt %d ends: %s", claim.request_id, claim.attempt, outcome)
+        return not waits
 
     def train_and_activate(self) -> str:
         request = self.commit(lambda session: lifecycle.get_request(session, self.claim.request_id))
@@ -153,6 +157,8 @@ class Job:
             raise JobFailed("too-few-retain-rows", str(error)) from None
         except TextTooLong as error:
             raise JobFailed("text-too-long", str(error)) from None
+        except UNREADABLE as error:  # the gate space that all gates share
+            raise self.unreadable(error) from None
         if around.own_recall < self.settings.min_forget_abstain:
             detail = (
                 f"a gate that may claim {self.settings.max_false_claim_rate:.2%} of the retain set reaches only "
@@ -245,7 +251,7 @@ class Job:
                 if around is None or stack.routes is None:
                     self.check_room(stack.prompts, result.prompt.num_virtual_tokens)
                     prompts = [*stack.prompts, result.prompt]
-                    earlier = self.commit(partial(open_all_canaries, vault=self.context.vault, stack=stack))
+                    earlier = self.earlier_canaries(stack)
                     report: CheckReport | RoutedReport = check_stack(
                         self.context.llm, self.settings, prompts, forget, retain, earlier
                     )
@@ -284,6 +290,12 @@ class Job:
             return "active"
         raise Stopped
 
+    def earlier_canaries(self, stack: Stack) -> list[list[str]]:
+        try:
+            return self.commit(partial(open_all_canaries, vault=self.context.vault, stack=stack))
+        except UNREADABLE as error:
+            raise self.unreadable(error) from None
+
     def activate(
         self,
         prompt: SoftPrompt,
@@ -310,17 +322,20 @@ class Job:
         )
 
     def read_stack(self) -> Stack:
-        """The active set as it is now. Raises Stopped when it cannot be read, JobFailed if of another model or mode."""
+        """The active set as it is now. Raises JobFailed when it is of another model or mode, SetUnreadable."""
         try:
-            return self.commit(self.reader.read)
+            return self.commit(stack_reader(self.context).read)
         except FingerprintMismatch:
             detail = "a prompt in force belongs to another model; revoke it, or serve the model it was trained for"
             raise JobFailed("fingerprint-mismatch", detail) from None
         except ModeMismatch as error:
             raise JobFailed(error.code, error.detail) from None
-        except UNREADABLE as error:  # handed back, to wait as `why_unreadable` has it
-            log.error("%s: the active set cannot be read any more: %s", self.claim.request_id, where(error))
-            raise Stopped from None
+        except UNREADABLE as error:
+            raise self.unreadable(error) from None
+
+    def unreadable(self, error: Exception) -> SetUnreadable:
+        log.error("%s: the active set cannot be read any more: %s", self.claim.request_id, where(error))
+        return SetUnreadable()
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Seal and store. A database that is away costs this checkpoint, not the job. Raises LeaseLost."""

@@ -14,11 +14,12 @@ from app.active_set import TrainedGate
 from app.settings import Settings
 from app.vault import Vault
 from models.examples import Example
-from models.gate import GateFit, GateSpace, fit_gate
+from models.gate import GateSpace
+from models.gate_fit import GateFit, fit_gate
 from models.gate_rows import GateRows, space_source
 from models.inference import Classifier
 from models.llm import FrozenLLM
-from models.routed_checks import RoutedLimits, RoutedReport, check_routes, claimed_rows
+from models.routed_checks import RoutedLimits, RoutedReport, check_routes
 from models.routing import Route, Routes
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings, look_around
@@ -58,7 +59,7 @@ def _find_space(llm: FrozenLLM, commit: Commit, source: str) -> GateSpace | None
 def fit_and_check(
     llm: FrozenLLM, settings: Settings, vault: Vault, around: Surroundings, others: Routes, prompt: SoftPrompt
 ) -> tuple[GateFit, RoutedReport]:
-    """Fit the gate beside those in force, then check the set as it would be with this request. Raises TextTooLong."""
+    """Fit the gate, then check the set as it would be with this request. Raises TextTooLong."""
     fit = fit_gate(
         around.states,
         around.calibration_states,
@@ -66,8 +67,6 @@ def fit_and_check(
         digests=sorted({vault.gate_digest(e.text) for e in around.forget}),
         max_false_claims=settings.max_false_claim_rate,
         max_certain_claims=settings.max_certain_claim_rate or None,
-        claimed=claimed_rows(around.calibration_states, others),
-        max_total_claims=settings.max_total_claim_rate,
     )
     routes = others.plus(Route(prompt, fit.gate), around.space)
     limits = RoutedLimits(
@@ -81,8 +80,8 @@ def fit_and_check(
         routes,
         fit,
         around.forget,
-        around.calibration,
-        around.calibration_states,
+        around.check,
+        around.check_states,
         max_retain_rows=settings.check_retain_rows,
         seed=settings.seed,
         limits=limits,

@@ -15,7 +15,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import active_set, job_queue
 from app.errors import LeaseLost
 from app.settings import Mode
-from app.stack import StackReader
 from app.tracebacks import where
 from models.examples import Example
 from worker.concatenated import recheck
@@ -27,15 +26,13 @@ log = logging.getLogger("letheon.worker")
 
 
 def run_job(context: Context, request_id: str) -> bool:
-    """Claim a request and see it through; False when there was nothing to claim.
+    """Claim a request and see it through; False when it cannot be had now, and is not worth asking for at once.
 
     Never raises for a request's sake; the outcome is in the database.
     """
     settings = context.settings
-    # Of this job alone: what it loads of other people's prompts goes with it.
-    reader = StackReader(context.vault, fingerprint=context.llm.fingerprint, mode=settings.mode)
     try:
-        if why := why_unreadable(context, reader):
+        if why := why_unreadable(context):
             log.error("%s: not claimed, it waits until the active set can be read: %s", request_id, why)
             return False
         with context.sessions.begin() as session:
@@ -57,7 +54,7 @@ def run_job(context: Context, request_id: str) -> bool:
         with Heartbeat(
             context.sessions, claim, lease_seconds=settings.lease_seconds, every=settings.heartbeat_seconds
         ) as heartbeat:
-            Job(context, claim, heartbeat, reader).run()
+            return Job(context, claim, heartbeat).run()
     except LeaseLost:
         log.warning("%s: attempt %d lost its lease; nothing more is written", request_id, claim.attempt)
     except Exception as error:
