@@ -149,7 +149,10 @@ class Measured:
 
     def figures(self, size: int) -> list[dict[str, Any]]:
         """A row for each rate and one for the prompt alone (``rate`` None): from an earlier run where there was one."""
-        kept = self.work / f"{slug(self.subject.name)}-{size}-{digest_of(RATES, CERTAIN_CLAIMS, ALONE_ROWS)}.figures"
+        prompt, _ = self.prompt(size)
+        gates = [self._gate(size, rate).digest for rate in RATES]  # whatever they are made from
+        key = digest_of(gates, prompt.digest, ALONE_ROWS, HELD_OUT, self.llm.fingerprint)
+        kept = self.work / f"{slug(self.subject.name)}-{size}-{key}.figures"
         if not kept.exists():
             write(kept, json.dumps(self._figures(size)).encode())
         found: list[dict[str, Any]] = json.loads(kept.read_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def interleaved(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[s
 
 
 def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+    return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
 
 def size_of(routes: Routes) -> int:
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--directions", type=int, default=1, help="of each gate")
     parser.add_argument("--rounds", type=int, default=5, help="of one batch of 64 texts")
-    parser.add_argument("--singles", type=int, default=100, help="single-text calls, for the latency")
+    parser.add_argument("--singles", type=int, default=200, help="single-text calls, for the latency")
     args = parser.parse_args()
     console = Console(stderr=True)
     settings = get_settings()
@@ -112,7 +113,7 @@ def measure(
     requests: int = 1000,
     directions: int = 1,
     rounds: int = 5,
-    singles: int = 100,
+    singles: int = 200,
 ) -> dict[str, Any]:
     """Throughput of batches of 64, latency of single texts, memory; with and without ``requests`` in force."""
     vault = Vault(bytes(range(32)))

@@ -66,7 +66,7 @@ MODES: dict[str, tuple[float, float | None]] = {
 }
 BATCH = 32
 MAX_CONCATENATED = 4  # it is broken by then
-LATENCY_TEXTS = 60
+LATENCY_TEXTS = 200
 
 
 @dataclass(frozen=True, repr=False)
@@ -342,7 +342,7 @@ def measure(run: Bench, console: Console) -> dict[str, Any]:
 
 def cost(run: Bench, routes: Routes) -> dict[str, Any]:
     """Of single held-out texts, claimed or not, after each k; and ``bench.routing_cost`` with the same model."""
-    path = run.work / f"cost-{len(routes)}.json"
+    path = run.work / f"cost-{digest_of([r.gate.digest for r in routes.routes], LATENCY_TEXTS)}.json"
     if not path.exists():
         texts = [row.text for row in run.held_out]
         sets = {

@@ -3,7 +3,9 @@
 The same step (same rows, same weights, same loss, AdamW on φ) in three ways, taken in turns in one process:
 
 - Letheon's own (``models.training.spul_terms``): prefix and template head run once, the teacher's states come from the
-  cache, shorter and longer rows run apart.
+  cache, shorter and longer rows run apart. Once more with a cold cache, as when a row is drawn for the first time: in a
+  routed request's 60 steps about half of the draws are. What a training does between steps (checks, running mean) is in
+  neither.
 - naive: [φ, head, text, tail] of every row concatenated and padded in one batch, the teacher run again every step. The
   vocabulary head scores the label position only, which a straightforward port would not do either.
 - PEFT: ``PromptEncoder`` trained by ``transformers.Trainer``, the same loss in ``compute_loss``.
@@ -209,19 +211,24 @@ def compare(llm: FrozenLLM, examples: Sequence[Example], forget: int, retain: in
     labels = [teacher.label_ids(found.picked) for found in rows]  # the cache is warm, as it is after a first request
     ways = {
         "letheon": step_of(lambda phi, n: own_loss(llm, phi, rows[n], teacher), llm.hidden_size),
+        "letheon_cold": step_of(lambda phi, n: own_loss(llm, phi, rows[n], Teacher(llm, examples)), llm.hidden_size),
         "naive": step_of(lambda phi, n: naive_loss(llm, phi, rows[n], labels[n]), llm.hidden_size),
         "peft": peft_step(llm, rows, labels),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, way in ways.items():
-            spent = way(number)
+        names = list(ways)
+        for name in [*names[number % len(names) :], *names[: number % len(names)]]:  # none always follows the same one
+            spent = ways[name](number)
+            llm.model.eval()  # Trainer leaves it training
             if number:  # the first round warms up
                 seconds[name].append(spent)
-    own = seconds["letheon"]
+    own, cold = seconds["letheon"], seconds["letheon_cold"]
     return {
         "step_over_naive": round(statistics.median(paired(seconds["naive"], own)), 3),
         "over_peft": round(statistics.median(paired(seconds["peft"], own)), 3),
+        "step_over_naive_cold": round(statistics.median(paired(seconds["naive"], cold)), 3),
+        "over_peft_cold": round(statistics.median(paired(seconds["peft"], cold)), 3),
         **{
             f"{name}_rows_per_second": round((forget + retain) / statistics.median(s), 2) for name, s in seconds.items()
         },

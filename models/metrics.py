@@ -68,36 +68,6 @@ def tpr_at_fpr(members: Tensor, others: Tensor, fpr: float) -> float:
     return float((members.double() > ordered[allowed]).double().mean())
 
 
-def lira(scores: Tensor, inside: Tensor, target: Tensor) -> Tensor:
-    """Likelihood-ratio attack with known in and out models (Carlini et al. 2022, eq. 4), (n,): log p_in - log p_out.
-
-    ``scores``: (models, n), of each row under each shadow model; ``inside`` (models, n): whether that model was trained
-    on the row; ``target`` (n,): scores under the attacked model. A normal distribution per row; the variances are
-    pooled over rows, as the paper does when there are few models. Raises ValueError when a row lacks either kind.
-    """
-    held = inside.double()
-    counts_in, counts_out = held.sum(0), (1 - held).sum(0)
-    if not bool((counts_in > 0).all() and (counts_out > 0).all()):
-        raise ValueError("every row needs a shadow model that was trained on it and one that was not")
-    scores, target = scores.double(), target.double()
-    mean_in = (scores * held).sum(0) / counts_in
-    mean_out = (scores * (1 - held)).sum(0) / counts_out
-    spread = 1e-12
-    var_in = ((scores - mean_in).square() * held).sum() / held.sum() + spread
-    var_out = ((scores - mean_out).square() * (1 - held)).sum() / (1 - held).sum() + spread
-
-    def log_density(mean: Tensor, var: Tensor) -> Tensor:
-        return -0.5 * ((target - mean).square() / var + var.log())
-
-    return log_density(mean_in, var_in) - log_density(mean_out, var_out)
-
-
-def scaled_confidence(probability: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the true label's probability: what LiRA takes for normal (Carlini et al. 2022, eq. 3)."""
-    probability = probability.double().clamp(1e-12, 1 - 1e-12)
-    return probability.log() - torch.log1p(-probability)
-
-
 def drift(served: Tensor, base: Tensor) -> Tensor:
     """KL(base ‖ served) of each row from probabilities (n, c), in nats: what serving changed for texts to retain."""
     base, served = base.double().clamp_min(1e-12), served.double().clamp_min(1e-12)
@@ -107,19 +77,3 @@ def drift(served: Tensor, base: Tensor) -> Tensor:
 def flips(served: Tensor, base: Tensor) -> Tensor:
     """Whether the answer changed, (n,) bool, from answers as ids (n,)."""
     return served != base
-
-
-def oracle_gap(unlearned: Tensor, oracle: Tensor) -> float:
-    """Mean total variation distance between answers (n, c) and those of a model that never saw the forget set.
-
-    0: cannot be told apart. A service that abstains is far from an oracle, which guesses: see ``streisand``.
-    """
-    return float((unlearned.double() - oracle.double()).abs().sum(-1).mean() / 2)
-
-
-def privleak(after: float, retrained: float) -> float:
-    """MUSE's PrivLeak (2407.06460, eq. 3), percent, from AUCs of members (forget) against never-trained texts.
-
-    0 is ideal, below it membership still shows, above it the model over-forgets. open-unlearning reports 1 - AUC.
-    """
-    return 100 * (after - retrained) / retrained

@@ -33,7 +33,10 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class WeightTuningConfig:
-    """The authors' defaults: one epoch, AdamW at 1e-4 with weight decay 1e-3."""
+    """The authors' script's defaults: one epoch, AdamW at 1e-4 with weight decay 1e-3.
+
+    Their README trains ten epochs with a cosine and clips at 0.3; here the rate is constant and the clip 1.0.
+    """
 
     method: Method
     learning_rate: float = 1e-4
