@@ -236,8 +236,8 @@ def leaks(run: Bench, base: dict[str, RowAnswers], answers: dict[str, RowAnswers
     """What is left to see, of the forget rows and of the change.
 
     ``loss``: membership by the true label's share of the verbalizer's words (after Yeom et al. 2018), trained forget
-    rows against such as were never trained on, whichever way an attacker reads it; 0.5 is nothing. SST-2's test rows are
-    often phrases of its train sentences (495 of 552 forget rows), which draws it to 0.5 for every method alike.
+    rows against such as were never trained on, whichever way an attacker reads it; 0.5 is nothing. SST-2's test rows
+    are often phrases of its train sentences (495 of 552 forget rows), which draws it to 0.5 for every method alike.
     ``streisand``: how well the mass on `unknown` tells trained forget rows from anybody's unseen rows, that is, who
     asked to be forgotten. ``forced_choice_accuracy``: how often the right label still wins among labels, on trained
     forget rows; where a row is refused, the base's answer. Drift is over the labels and `unknown`.
