@@ -22,7 +22,8 @@ from models.training import TrainingResult
 
 LABELS = ("negative", "positive")
 SETS = ("train_retain", "train_forget", "test_retain", "test_forget")
-# Adapters that come with the source: fine-tuning takes twenty minutes, and never ends in quite the same model.
+# What comes with the source, by the digest of data and settings: the adapter, because fine-tuning takes half an hour and
+# never ends in quite the same model, and in `made` the soft prompts that were trained for it, minutes each.
 SHIPPED = Path(__file__).parent / "adapters"
 # As the demo adapter was made: on CPU the unquantized base in bfloat16 autocast is faster than NF4 (docs/LOG.md).
 FINETUNE: dict[str, Any] = {
@@ -78,6 +79,7 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
                 bar.update(task, total=p.total_steps, completed=p.step, description=f"fine-tuning, loss {p.loss:.3f}")
 
             finetune(rows, replace(tuning, output=str(adapter)), tick)
+    unpack(SHIPPED / work.name / "made", work)
     llm = FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
     return Tuned(llm, adapter, sets, retain, work)
 
@@ -111,6 +113,14 @@ def record(args: argparse.Namespace, result: dict[str, Any]) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(line + "\n", encoding="utf-8")
     print(line)
+
+
+def unpack(made: Path, work: Path) -> None:
+    """Files that come with the source, where an earlier run left none."""
+    for file in sorted(made.rglob("*")):
+        target = work / file.relative_to(made)
+        if file.is_file() and not target.exists():
+            write(target, file.read_bytes())
 
 
 def slug(name: str) -> str:
