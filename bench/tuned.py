@@ -22,7 +22,7 @@ from models.training import TrainingResult
 
 LABELS = ("negative", "positive")
 SETS = ("train_retain", "train_forget", "test_retain", "test_forget")
-# What comes with the source, by the digest of data and settings: the adapter, because fine-tuning takes half an hour and
+# What comes with the source, by the digest of data and settings: the adapter, since fine-tuning takes half an hour and
 # never ends in quite the same model, and in `made` the soft prompts that were trained for it, minutes each.
 SHIPPED = Path(__file__).parent / "adapters"
 # As the demo adapter was made: on CPU the unquantized base in bfloat16 autocast is faster than NF4 (docs/LOG.md).
