@@ -83,7 +83,7 @@ class Settings(BaseSettings):
         "active prompt before every query.",
     )
     max_false_claim_rate: float = Field(
-        default=0.002, ge=0, le=1, description="Share of the retain set that one request's gate may claim."
+        default=0.002, gt=0, le=1, description="Share of the retain set that one request's gate may claim."
     )
     max_certain_claim_rate: float = Field(
         default=0.0005,

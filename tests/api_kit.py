@@ -29,8 +29,8 @@ from app.deps import Service
 from app.lifecycle import ForgetText
 from app.main import create_app, make_server
 from app.settings import Settings
-from models.gate import Gate, GateSpace, fit_space
-from models.gate_fit import fit_gate
+from models.gate import NEVER, Gate, GateSpace, best_cosines, fit_space
+from models.gate_fit import mean_direction
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.text_states import gate_layers, text_states
@@ -166,8 +166,11 @@ def make_gate(*texts: str, digests: Sequence[bytes] = ()) -> Gate:
     """A real gate that claims these texts and none of the plain ones; without ``digests`` the guard knows nothing."""
     llm = tiny_llm()
     plain = [f"a {word} {noun}" for noun in _NOUNS[4:] for word in _WORDS]
-    states = text_states(llm, texts), text_states(llm, plain)
-    return fit_gate(*states, gate_space(), digests=digests, max_false_claims=0.0).gate
+    space = gate_space()
+    own, others = (space.points(text_states(llm, part)) for part in (texts, plain))
+    direction = mean_direction(own).unsqueeze(0)
+    known = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).reshape(-1, 32)
+    return Gate(direction, float(best_cosines(others, direction).max()), NEVER, known, space.digest)
 
 
 def add_prompt(
