@@ -181,8 +181,10 @@ def request_cancel(session: Session, request_id: str, *, actor: str) -> UnlearnR
 
 
 def start_evaluating(session: Session, claim: Claim) -> None:
-    """Training is done, the checks begin. Raises LeaseLost."""
-    move(session, hold(session, claim), RequestState.EVALUATING, actor=claim.owner, detail={"attempt": claim.attempt})
+    """Training is done, the checks begin. Said twice, as in ``start_again``, it counts once. Raises LeaseLost."""
+    request = hold(session, claim)
+    if request.state != RequestState.EVALUATING:
+        move(session, request, RequestState.EVALUATING, actor=claim.owner, detail={"attempt": claim.attempt})
 
 
 def start_again(session: Session, claim: Claim, tried: dict[str, Any]) -> None:

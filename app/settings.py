@@ -83,7 +83,10 @@ class Settings(BaseSettings):
         "active prompt before every query.",
     )
     max_false_claim_rate: float = Field(
-        default=0.002, gt=0, le=1, description="Share of the retain set that one request's gate may claim."
+        default=0.002,
+        gt=0,
+        le=1,
+        description="Share of other texts that one request's gate may claim, by a fitted tail.",
     )
     max_certain_claim_rate: float = Field(
         default=0.0005,
@@ -99,7 +102,9 @@ class Settings(BaseSettings):
     )
     max_prompts_per_query: int = Field(default=4, ge=1, description="A query runs behind at most this many prompts.")
     gate_rows: int = Field(
-        default=4096, ge=16, description="Retain rows that gates read: half to whiten on, half to calibrate with."
+        default=4096,
+        ge=16,
+        description="Retain rows that gates read: half to whiten on, a quarter each to calibrate and to check with.",
     )
 
     # Checks before activation

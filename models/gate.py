@@ -156,8 +156,8 @@ def best_cosines(points: Tensor, directions: Tensor) -> Tensor:
 def cosines(points: Tensor, directions: Tensor) -> Tensor:
     """Scores (N, k) float32 of points (N, D) with directions (k, D), which are best in float64 already.
 
-    Summed in float64: in float32 the last bits of a score depend on how many directions there are, and a threshold is
-    the score of a real text, which must not be claimed or let go because another gate came or went.
+    Summed in float64: in float32 the last bits of a score depend on how many directions there are, and no text may be
+    claimed or let go because another gate came or went.
     """
     return (points.double() @ directions.double().T).float()
 

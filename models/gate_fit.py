@@ -25,7 +25,8 @@ TAIL = 0.05  # share of the calibration rows that the tail is fitted to, and no 
 CLAIM_RISE, CERTAIN_RISE = 0.25, 0.5  # how far into the gap
 GAP_OUTLIERS = 0.05  # of the forget texts may lie below the gap's upper end
 _TAIL_ROWS = 10
-_GAP_TEXTS = 4  # fewer say too little of where unseen texts lie
+_GAP_TEXTS = 4  # fewer, copies not counted, say too little of where unseen texts lie
+COPY = 0.8  # a cosine that two texts on one subject do not reach, but a text and its quotation do
 _ROUNDS = 10  # of k-means
 _HELD_OUT = 64  # forget texts that are left out in turn to estimate the recall
 
@@ -34,8 +35,9 @@ _HELD_OUT = 64  # forget texts that are left out in turn to estimate the recall
 class GateFit:
     """A gate and what is known of it. Rates are fractions of rows.
 
-    ``own_recall``: of the forget texts, by score alone. ``unseen_claimed``: estimated by leaving each forget text out
-    in turn, and ``unseen_certain``, the share that needs no prompt; both None for a single text.
+    ``own_recall``: of the forget texts, by score alone. ``unseen_claimed``: estimated by leaving forget texts out in
+    turn, each with its copies (at most _HELD_OUT of them, the clusters as they were), and ``unseen_certain``, the share
+    that needs no prompt; both None where nothing is left.
     """
 
     gate: Gate
@@ -46,10 +48,11 @@ class GateFit:
 
 @dataclass(frozen=True)
 class _Rates:
-    """What a gate may claim of other texts, and what of it without a prompt; None: nothing."""
+    """What a gate may claim of other texts, and what of it without a prompt; None: nothing. ``rises``: into the gap."""
 
     claims: float
     certain: float | None
+    rises: bool
 
 
 def fit_gate(
@@ -70,12 +73,14 @@ def fit_gate(
     if not len(forget) or not len(calibration):
         raise DatasetError("a gate needs forget texts and calibration rows")
     own, others = space.points(forget), space.points(calibration)
-    rates = _Rates(max_false_claims, max_certain_claims)
+    copies = (own @ own.T > COPY).fill_diagonal_(True)
+    different = int((~copies.tril(-1).any(1)).sum())
+    rates = _Rates(max_false_claims, max_certain_claims, different >= _GAP_TEXTS)
     clusters = 1
     while True:
         belongs = _cluster(own, clusters)
         directions = _directions(own, belongs)
-        threshold, certain = _thresholds(own, belongs, best_cosines(others, directions), rates)
+        threshold, certain = _thresholds(own, belongs, copies, best_cosines(others, directions), rates)
         recall = int((best_cosines(own, directions) > threshold).sum()) / len(own)
         if recall >= OWN_RECALL or len(directions) < clusters or clusters >= min(len(own), MAX_DIRECTIONS):
             break
@@ -87,7 +92,7 @@ def fit_gate(
         digests=torch.tensor([list(d) for d in digests], dtype=torch.uint8).reshape(-1, 32),
         space=space.digest,
     )
-    return GateFit(gate, recall, *_left_out_recall(own, belongs, directions, others, rates))
+    return GateFit(gate, recall, *_left_out_recall(own, belongs, copies, directions, others, rates))
 
 
 def tail_threshold(scores: Tensor, rate: float) -> float:
@@ -97,41 +102,42 @@ def tail_threshold(scores: Tensor, rate: float) -> float:
     the mean excess as its scale (peaks over threshold, Pickands 1975, of shape zero). Scores have a heavier tail than
     that: SST-2 rates of 0.2, 0.05 and 0.01 % came out as 0.2, 0.08 and 0.04 %.
     """
+    if rate <= 0:
+        return NEVER
     ordered = scores.double().sort(descending=True).values
     count = len(ordered)
     beyond = min(count - 1, max(_TAIL_ROWS, math.floor(TAIL * count)))
     if rate * count >= beyond:
         allowed = math.floor(rate * count)
         return -1.0 if allowed >= count else float(ordered[allowed])  # -1 is the least cosine, and not claimed
-    if rate <= 0:
-        return NEVER
     start = ordered[beyond]
     excess = (ordered[:beyond] - start).mean()
     return min(NEVER, float(start + excess * math.log(beyond / (rate * count))))
 
 
-def _thresholds(own: Tensor, belongs: Tensor, scores: Tensor, rates: _Rates) -> tuple[float, float]:
+def _thresholds(own: Tensor, belongs: Tensor, copies: Tensor, scores: Tensor, rates: _Rates) -> tuple[float, float]:
     """(claims, certain) from the scores of other texts (N,), raised into the gap that the points (n, D) leave."""
     claims = tail_threshold(scores, rates.claims)
     gap = 0.0
-    if len(own) >= _GAP_TEXTS:
-        left_out = _left_out_scores(own, belongs).sort().values
-        lowest = float(left_out[math.floor(GAP_OUTLIERS * len(own))])
-        gap = max(0.0, lowest - claims)
+    if rates.rises:
+        left_out = _left_out_scores(own, belongs, copies).sort().values
+        gap = max(0.0, float(left_out[math.floor(GAP_OUTLIERS * len(own))]) - claims)
     threshold = claims + CLAIM_RISE * gap
     if rates.certain is None:
         return threshold, NEVER
     return threshold, max(threshold, tail_threshold(scores, rates.certain), claims + CERTAIN_RISE * gap)
 
 
-def _left_out_scores(own: Tensor, belongs: Tensor) -> Tensor:
-    """Of each point (n, D), its score with directions that were made without it; -1 when none is left."""
+def _left_out_scores(own: Tensor, belongs: Tensor, copies: Tensor) -> Tensor:
+    """Of each point (n, D), its score with directions made without it and its ``copies`` (n, n); -1: none is left."""
     names, index = belongs.unique(return_inverse=True)
     sums = torch.zeros(len(names), own.shape[1]).index_add_(0, index, own)
     found = cosines(own, torch.nn.functional.normalize(sums, dim=-1))
-    without = torch.nn.functional.normalize(sums[index] - own, dim=-1)
-    alone = torch.bincount(index, minlength=len(names))[index] == 1
-    found[torch.arange(len(own)), index] = torch.where(alone, -1.0, (own * without).sum(-1))
+    mates = index.unsqueeze(0) == index.unsqueeze(1)
+    rest = (mates & ~copies).float() @ own
+    none = ~(mates & ~copies).any(1)
+    nearest = (own * torch.nn.functional.normalize(rest, dim=-1)).sum(-1)
+    found[torch.arange(len(own)), index] = torch.where(none, -1.0, nearest)
     return found.max(1).values
 
 
@@ -164,26 +170,28 @@ def _cluster(points: Tensor, count: int) -> Tensor:
 
 
 def _left_out_recall(
-    own: Tensor, belongs: Tensor, directions: Tensor, others: Tensor, rates: _Rates
+    own: Tensor, belongs: Tensor, copies: Tensor, directions: Tensor, others: Tensor, rates: _Rates
 ) -> tuple[float | None, float | None]:
-    """Of the first _HELD_OUT points (n, D), how many a gate would claim, and decide alone, that never saw the point."""
-    if len(own) < 2:
+    """Of _HELD_OUT of the points (n, D), what share a gate would claim, and decide alone, that saw no copy of them."""
+    picked = [i for i in range(0, len(own), -(-len(own) // _HELD_OUT)) if not copies[i].all()]
+    if not picked:
         return None, None
     names = belongs.unique().tolist()
     scores = cosines(others, directions)
     claimed = certain = 0
-    count = min(len(own), _HELD_OUT)
-    for i in range(count):
-        place = names.index(int(belongs[i]))
-        rest = torch.arange(len(own)) != i
+    for i in picked:
+        place, rest = names.index(int(belongs[i])), ~copies[i]
         mates = own[(belongs == belongs[i]) & rest]
         kept = [c for c in range(len(names)) if c != place]
         seen, near = scores[:, kept], directions[kept]
         if len(mates):
             without = mean_direction(mates).unsqueeze(0)
             seen, near = torch.cat([seen, cosines(others, without)], 1), torch.cat([near, without])
-        threshold, sure = _thresholds(own[rest], belongs[rest], seen.max(1).values, rates)
+        if not len(near):
+            continue  # its whole cluster was copies of it, and there is no other
+        part = copies[rest][:, rest]
+        threshold, sure = _thresholds(own[rest], belongs[rest], part, seen.max(1).values, rates)
         score = float(best_cosines(own[i : i + 1], near))
         claimed += score > threshold
         certain += score > sure
-    return claimed / count, certain / count
+    return claimed / len(picked), certain / len(picked)

@@ -94,7 +94,7 @@ def check_routes(
         return classify_routed(classifier, alone, texts, digest=None, max_prompts=limits.max_prompts)
 
     # Both: another request's prompt may push this one out, and must not stand in for it, since it may be revoked.
-    own, own_alone = answers([e.text for e in forget]), answers_alone([e.text for e in forget])
+    asked, asked_alone = answers([e.text for e in forget]), answers_alone([e.text for e in forget])
     sample, weights = stratified(rows, max_retain_rows, seed)
     retained = answers([e.text for e in sample])
     figures = retain_figures(sample, weights, [r.base for r in retained], [r.answer for r in retained])
@@ -105,7 +105,9 @@ def check_routes(
     total = int((margins > 0).any(1).sum()) / len(rows)
     prompted = classifier.classify([e.text for e in forget], [routes.routes[last].prompt])
     prompt_abstain = sum(answer.abstained for answer in prompted) / len(forget)
-    abstain = sum(a.answer.abstained and b.answer.abstained for a, b in zip(own, own_alone, strict=True)) / len(own)
+    abstain = sum(a.answer.abstained and b.answer.abstained for a, b in zip(asked, asked_alone, strict=True)) / len(
+        forget
+    )
     lost = lost_canaries(others, routes, limits.max_prompts)
 
     checks = limits.checks
@@ -114,9 +116,11 @@ def check_routes(
         found["forget"].append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
     if prompt_abstain < checks.min_forget_abstain:
         found["forget"].append(f"the prompt's own {prompt_abstain:.4f} is below {checks.min_forget_abstain}")
-    # What earlier requests have used up is not this prompt's to mend.
-    disturbs = any(last in r.claims and r.answer.abstained for r in retained)
-    found["retain" if disturbs else "set"] += figures.violations(checks)
+    # Another training mends what this prompt turned away, not what its gate is certain of or others have used up.
+    own = {i for i, r in enumerate(retained) if last in r.claims and r.answer.abstained and not r.certain}
+    mended = [r.base if i in own else r.answer for i, r in enumerate(retained)]
+    without = retain_figures(sample, weights, [r.base for r in retained], mended)
+    found["set" if without.violations(checks) else "retain"] += figures.violations(checks)
     if total > max(limits.max_total_claims, 1 / len(rows)) + 1e-9:  # one row is no evidence
         found["set"].append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
     if lost:
@@ -124,7 +128,7 @@ def check_routes(
     violations = [violation for part in found.values() for violation in part]
     return RoutedReport(
         forget_abstain=abstain,
-        forget_abstain_before=sum(r.base.abstained for r in own) / len(own),
+        forget_abstain_before=sum(r.base.abstained for r in asked) / len(forget),
         prompt_abstain=prompt_abstain,
         gate_recall=fit.own_recall,
         unseen_claimed=fit.unseen_claimed,

@@ -36,11 +36,12 @@ def next_try(first: TrainingConfig, missed: Sequence[Collection[str]], *, max_tr
     for number, found in enumerate(missed, start=1):
         if number >= max_tries or not found or "set" in found:
             return None
-        config = replace(current.config, seed=first.seed + number)
+        seed = first.seed + number
         if "forget" in found and "retain" in found:
             tokens = int(first.num_virtual_tokens * MORE_TOKENS)
-            current = Try(replace(config, num_virtual_tokens=tokens), goes_on=False)
+            current = Try(replace(first, num_virtual_tokens=tokens, seed=seed), goes_on=False)
         else:
+            config = replace(current.config, seed=seed)
             factor = 0.5 if "forget" in found else 2.0
             # From zero there is no doubling.
             alpha, beta = (max(factor * value, 0.05) for value in (config.alpha, config.beta))

@@ -211,6 +211,9 @@ def test_far_out_the_tail_of_an_exponential_is_found() -> None:
         assert tail_threshold(scores, rate) == pytest.approx(-math.log(rate) / 20, rel=0.08)
 
 
+NO_COPIES = torch.eye(64, dtype=torch.bool)
+
+
 # --- fitting ---------------------------------------------------------------------------------------------------------
 
 FORGET = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -249,7 +252,7 @@ def test_thresholds_rise_into_the_gap_that_the_forget_texts_leave() -> None:
     few, many = (fit_gate(forget[:n], others, space, digests=[], **rates).gate for n in (3, 12))
     tails = [tail_threshold(best_cosines(space.points(others), gate.directions), 0.01) for gate in (few, many)]
     assert few.threshold == tails[0], "three texts say too little"
-    lowest = float(_left_out_scores(space.points(forget), torch.zeros(12, dtype=torch.long)).min())
+    lowest = float(_left_out_scores(space.points(forget), torch.zeros(12, dtype=torch.long), NO_COPIES[:12, :12]).min())
     assert many.threshold == pytest.approx(tails[1] + CLAIM_RISE * (lowest - tails[1]))
     assert many.certain == pytest.approx(tails[1] + CERTAIN_RISE * (lowest - tails[1])), "above its own tail"
     # Texts that have no more in common than any others leave none.
@@ -260,32 +263,46 @@ def test_thresholds_rise_into_the_gap_that_the_forget_texts_leave() -> None:
 
 @given(st.integers(0, 1 << 30), st.integers(1, 20), st.integers(1, 5))
 def test_left_out_scores_equal_leaving_out_one_text_at_a_time(seed: int, texts: int, clusters: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
     own = torch.nn.functional.normalize(_states(texts, 8, seed), dim=-1)
-    belongs = torch.randint(clusters, (texts,), generator=torch.Generator().manual_seed(seed))
-    found = _left_out_scores(own, belongs)
+    belongs = torch.randint(clusters, (texts,), generator=draw)
+    copies = (torch.rand(texts, texts, generator=draw) < 0.1).fill_diagonal_(True)
+    found = _left_out_scores(own, belongs, copies)
     for i in range(texts):
-        rest = torch.arange(texts) != i
+        rest = (belongs != belongs[i]) | ~copies[i]  # of another cluster they say something else
         made = [mean_direction(own[rest & (belongs == c)]) for c in belongs[rest].unique().tolist()]
         expected = max((float(own[i] @ direction) for direction in made), default=-1.0)
         assert float(found[i]) == pytest.approx(expected, abs=1e-5)
 
 
-@given(st.integers(0, 1 << 30), st.integers(2, 70), st.integers(15, 60), st.floats(0.01, 0.6))
+@given(st.integers(0, 1 << 30), st.integers(5, 64), st.integers(15, 60), st.floats(0.01, 0.6))
 @settings(max_examples=30, deadline=None)
 def test_unseen_recall_equals_leaving_out_one_text_at_a_time(seed: int, texts: int, rows: int, rate: float) -> None:
     space, forget, calibration = _space(), _states(texts, 8, seed) + 1, _states(rows, 8, seed + 1)
     rates = {"max_false_claims": rate, "max_certain_claims": rate / 4}
-    with one_direction():
+    with one_direction(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate_fit, "COPY", 2.0)
         fit = fit_gate(forget, calibration, space, digests=[], **rates)
         points, claimed, certain = space.points(forget), 0, 0
-        for i in range(min(texts, 64)):
+        for i in range(texts):
             without = fit_gate(forget[torch.arange(texts) != i], calibration, space, digests=[], **rates).gate
             score = float(best_cosines(points[i : i + 1], without.directions))
             assume(min(abs(score - without.threshold), abs(score - without.certain)) > 1e-5)
             claimed += score > without.threshold
             certain += score > without.certain
-    assert fit.unseen_claimed == claimed / min(texts, 64)
-    assert fit.unseen_certain == certain / min(texts, 64)
+    assert (fit.unseen_claimed, fit.unseen_certain) == (claimed / texts, certain / texts)
+
+
+def test_copies_of_a_text_prove_no_gap() -> None:
+    """Four quotations of one text: a gate as of one text, and nothing said of unseen ones."""
+    forget, others, space = _subjects(1, 1)
+    quoted = forget + 0.01 * torch.randn(4, forget.shape[1], generator=torch.Generator().manual_seed(2))
+    rates = {"max_false_claims": 0.01, "max_certain_claims": 0.008}
+    fit = fit_gate(quoted, others, space, digests=[], **rates)
+    scores = best_cosines(space.points(others), fit.gate.directions)
+    assert fit.gate.threshold == tail_threshold(scores, 0.01)
+    assert fit.gate.certain == tail_threshold(scores, 0.008)
+    assert fit.unseen_claimed is fit.unseen_certain is None
 
 
 def test_a_single_text_says_nothing_of_unseen_ones() -> None:

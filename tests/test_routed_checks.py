@@ -241,7 +241,10 @@ def test_what_earlier_requests_used_up_is_the_sets(world: World) -> None:
     disturbing = [Route(world.always, world.gate(row)) for row in (2, 3)]
     limits = CheckLimits(0.0, 0.1, 1.0)
     assert world.check(Route(world.always, world.gate(0)), disturbing, limits=limits).missed == ["set"]
-    assert world.check(Route(world.always, world.gate(4)), disturbing, limits=limits).missed == ["retain"]
+    assert world.check(Route(world.always, world.gate(4)), disturbing, limits=limits).missed == ["set"]
+    assert world.check(Route(world.always, world.gate(4)), disturbing[:1], limits=limits).missed == ["retain"]
+    certain = replace(world.gate(4), certain=world.gate(4).threshold)
+    assert world.check(Route(world.always, certain), disturbing[:1], limits=limits).missed == ["set"]
 
 
 def test_a_prompt_that_learned_nothing_fails_whatever_its_gate_decides(world: World) -> None:

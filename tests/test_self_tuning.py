@@ -28,6 +28,7 @@ def test_by_hand() -> None:
     assert after("forget", "retain") == (0.4, 0.5, 30, 9, True)
     assert after("forget+retain") == (0.4, 0.5, 45, 8, False)
     assert after("forget+retain", "retain") == (0.8, 1.0, 45, 9, True)
+    assert after("forget", "forget+retain") == (0.4, 0.5, 45, 9, False), "from where the first one began"
     assert after("forget", "forget", "forget") == (0.05, 0.0625, 30, 10, True)
     assert after("forget", "forget", "forget", "forget") is None  # four tries were all there may be
     assert after("set") is after("forget+set") is after("forget", "set") is None

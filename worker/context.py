@@ -7,10 +7,12 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+from app import active_set
 from app.errors import ModeMismatch, NotReady, VaultError
 from app.settings import Mode, Settings
 from app.stack import StackReader
@@ -18,6 +20,7 @@ from app.tracebacks import where
 from app.vault import Vault
 from models.errors import FingerprintMismatch, ModelError
 from models.examples import Example
+from models.gate_rows import space_source
 from models.llm import FrozenLLM
 from worker.concatenated import open_all_canaries
 
@@ -43,6 +46,11 @@ class Context:
         """The longest text that the service takes, as ``app.serving`` has it."""
         return self.llm.text_limit(self.settings.max_text_tokens, self.settings.num_virtual_tokens)
 
+    @cached_property
+    def space_source(self) -> str:
+        """Names the gate space that this worker's requests are fitted in."""
+        return space_source(self.llm, self.retain, self.settings.gate_rows)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])
 
@@ -63,6 +71,8 @@ def why_unreadable(context: Context) -> str | None:
             stack = stack_reader(context).read(session)
             if context.settings.mode == Mode.CONCATENATE:
                 open_all_canaries(session, vault=context.vault, stack=stack)
+            elif (space := active_set.find_gate_space(session, context.space_source)) is not None:
+                active_set.read_gate_space(session, space)
     except (ModeMismatch, FingerprintMismatch):
         return None
     except UNREADABLE as error:

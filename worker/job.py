@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from app import active_set, job_queue, lifecycle
 from app.active_set import TrainedGate
-from app.errors import LeaseLost, ModeMismatch, StaleActiveSet
+from app.errors import LeaseLost, ModeMismatch, NotReady, StaleActiveSet, VaultError
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode
 from app.stack import Stack
@@ -157,7 +157,7 @@ class Job:
             raise JobFailed("too-few-retain-rows", str(error)) from None
         except TextTooLong as error:
             raise JobFailed("text-too-long", str(error)) from None
-        except UNREADABLE as error:  # the gate space that all gates share
+        except (NotReady, VaultError) as error:  # the gate space that all gates share
             raise self.unreadable(error) from None
         if around.own_recall < self.settings.min_forget_abstain:
             detail = (
