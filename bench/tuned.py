@@ -117,7 +117,7 @@ def record(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def unpack(made: Path, work: Path) -> None:
     """Files that come with the source, where an earlier run left none."""
-    for file in sorted(made.rglob("*")):
+    for file in sorted(made.rglob("*"), reverse=True):  # a prompt before the facts that say it is there
         target = work / file.relative_to(made)
         if file.is_file() and not target.exists():
             write(target, file.read_bytes())

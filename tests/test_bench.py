@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_models import make_tiny_model
 
 from app.settings import get_settings
-from bench import activation, plots, routing_cost, sequence, training
+from bench import activation, plots, routing_cost, sequence, training, tuned
 from models.examples import Example
 from models.gate import fit_space
 from models.inference import Classification, Classifier
@@ -147,3 +147,19 @@ def test_activation_is_measured_on_the_workers_own_job(
         get_settings.cache_clear()
     assert found["steps"] == {"first": 60, "last": 60}
     assert found["activation_last_over_first"] > 0
+
+
+def test_what_comes_with_the_source_is_put_where_nothing_is(tmp_path: Path) -> None:
+    made, work = tmp_path / "made", tmp_path / "work"
+    for name in ("a/x.json", "a/x.safetensors", "b/y.json"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(name)
+    (work / "b").mkdir(parents=True)
+    (work / "b" / "y.json").write_text("mine")
+    tuned.unpack(made, work)
+    assert {str(f.relative_to(work)): f.read_text() for f in work.rglob("*.*")} == {
+        "a/x.json": "a/x.json",
+        "a/x.safetensors": "a/x.safetensors",
+        "b/y.json": "mine",
+    }
+    tuned.unpack(tmp_path / "nowhere", work)
