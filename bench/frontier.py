@@ -29,10 +29,9 @@ from torch import Tensor
 from bench.tuned import (
     Tuned,
     add_arguments,
-    add_result_arguments,
     digest_of,
     kept_prompt,
-    print_recorded,
+    parse,
     record,
     slug,
     tuned,
@@ -229,11 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--topics", type=Path, help=".jsonl.gz with text, label, category; without it, people only")
-    add_result_arguments(parser, Path("docs/bench/frontier.json"))
-    args = parser.parse_args()
-    if args.json:
-        print_recorded(args)
-        return
+    args = parse(parser, Path("docs/bench/frontier.json"))
     console = Console(stderr=True)
     model = tuned(args, console)
     work = model.work / f"frontier-{args.seed}-{args.quantization}"

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,8 @@ from bench.tuned import (
     LABELS,
     Tuned,
     add_arguments,
-    add_result_arguments,
     digest_of,
-    print_recorded,
+    parse,
     record,
     slug,
     tuned,
@@ -176,6 +176,7 @@ class Bench:
             write(done, result.prompt.to_bytes())
         return SoftPrompt.from_bytes(done.read_bytes(), fingerprint=self.llm.fingerprint)
 
+    @cached_property
     def claims(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Which rows the request's gate claims, and which it decides alone, (n,) bool each, by set."""
         rows = GateRows(self.llm, self.retain, GATE_ROWS, self.work / "gate")
@@ -196,7 +197,7 @@ class Bench:
 
     def gate_and_refuse(self) -> dict[str, RowAnswers]:
         base = self.kept("QLoRA", lambda: self.prompted(self.llm))
-        return {name: refused(base[name], claimed, self.llm) for name, (claimed, _) in self.claims().items()}
+        return {name: refused(base[name], claimed, self.llm) for name, (claimed, _) in self.claims.items()}
 
     def gated(self) -> dict[str, RowAnswers]:
         """``unknown`` where the gate is certain, or claims and the prompt abstains; everything else is the base's.
@@ -207,7 +208,7 @@ class Bench:
         prompted = self.kept("SPUL", self.spul)
         return {
             name: refused(base[name], certain | claimed & prompted[name].abstained, self.llm)
-            for name, (claimed, certain) in self.claims().items()
+            for name, (claimed, certain) in self.claims.items()
         }
 
     def kept(self, name: str, make: Callable[[], dict[str, RowAnswers]]) -> dict[str, RowAnswers]:
@@ -304,18 +305,14 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     parser.add_argument("--methods", nargs="+", help="only these; nothing is recorded then")
-    add_result_arguments(parser, Path("docs/bench/quality.json"))
-    args = parser.parse_args()
-    if args.json:
-        print_recorded(args)
-        return
+    args = parse(parser, Path("docs/bench/quality.json"))
     console = Console(stderr=True)
     run = Bench(tuned(args, console), args, console)
     weights = run.llm.weights_digest()
     ways: dict[str, Callable[[], dict[str, RowAnswers]]] = {
         "vanilla": run.vanilla,
         "QLoRA": lambda: run.prompted(run.llm),
-        **{m.upper(): lambda m=m: run.by_tuning(m) for m in METHODS},  # type: ignore[misc]
+        **{m.upper(): partial(run.by_tuning, m) for m in METHODS},
         "in-context": run.in_context,
         "gate-and-refuse": run.gate_and_refuse,
         "SPUL": run.spul,

@@ -30,10 +30,9 @@ from bench import routing_cost
 from bench.tuned import (
     Tuned,
     add_arguments,
-    add_result_arguments,
     digest_of,
     kept_prompt,
-    print_recorded,
+    parse,
     record,
     slug,
     tuned,
@@ -280,11 +279,7 @@ def main() -> None:
     parser.add_argument("--stacked", type=int, default=4, help="requests to train in mode concatenate: slow")
     parser.add_argument("--stacked-rows", type=int, default=500, help="held-out retain rows to measure that mode with")
     parser.add_argument("--skip-cost", action="store_true", help="leave the cost out: it wants an idle machine")
-    add_result_arguments(parser, Path("docs/bench/sequence.json"))
-    args = parser.parse_args()
-    if args.json:
-        print_recorded(args)
-        return
+    args = parse(parser, Path("docs/bench/sequence.json"))
     console = Console(stderr=True)
     model = tuned(args, console)
     persons, others = people(args.data, model, args.seed)

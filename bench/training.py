@@ -37,7 +37,7 @@ from app.defaults import load_arguments
 from app.pull import reviews_dir
 from app.settings import get_settings
 from bench.routing_cost import paired
-from bench.tuned import add_result_arguments, print_recorded, record
+from bench.tuned import parse, record
 from models.examples import Example, read_examples
 from models.llm import FrozenLLM
 from models.losses import forget_ce, retain_ce, retain_kl, spul_loss
@@ -252,11 +252,7 @@ def gradient_difference(llm: FrozenLLM, examples: Sequence[Example]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    add_result_arguments(parser, Path("docs/bench/training.json"))
-    args = parser.parse_args()
-    if args.json:
-        print_recorded(args)
-        return
+    args = parse(parser, Path("docs/bench/training.json"))
     console = Console(stderr=True)
     settings = get_settings()
     examples = read_examples(str(reviews_dir(settings.home) / "train.jsonl"), labels=settings.labels)

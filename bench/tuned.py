@@ -95,16 +95,17 @@ def kept_prompt(path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult])
     return SoftPrompt.from_bytes(data.read_bytes(), fingerprint=llm.fingerprint), json.loads(facts.read_text())
 
 
-def add_result_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
+def parse(parser: argparse.ArgumentParser, out: Path) -> argparse.Namespace:
+    """The arguments, those of a recorded result among them. With ``--json`` it prints that and ends with SystemExit."""
     parser.add_argument("--out", type=Path, default=out, help=f"where the result is recorded (default {out})")
     parser.add_argument("--json", action="store_true", help="print the recorded result and compute nothing")
-
-
-def print_recorded(args: argparse.Namespace) -> None:
-    """For ``--json``. Raises SystemExit when nothing is recorded."""
-    if not args.out.exists():
-        raise SystemExit(f"{args.out}: nothing is recorded there; run without --json")
-    print(args.out.read_text(encoding="utf-8").strip())
+    args = parser.parse_args()
+    if args.json:
+        if not args.out.exists():
+            raise SystemExit(f"{args.out}: nothing is recorded there; run without --json")
+        print(args.out.read_text(encoding="utf-8").strip())
+        raise SystemExit(0)
+    return args
 
 
 def record(args: argparse.Namespace, result: dict[str, Any]) -> None:

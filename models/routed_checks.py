@@ -105,9 +105,8 @@ def check_routes(
     total = int((margins > 0).any(1).sum()) / len(rows)
     prompted = classifier.classify([e.text for e in forget], [routes.routes[last].prompt])
     prompt_abstain = sum(answer.abstained for answer in prompted) / len(forget)
-    abstain = sum(a.answer.abstained and b.answer.abstained for a, b in zip(asked, asked_alone, strict=True)) / len(
-        forget
-    )
+    both = [a.answer.abstained and b.answer.abstained for a, b in zip(asked, asked_alone, strict=True)]
+    abstain = sum(both) / len(forget)
     lost = lost_canaries(others, routes, limits.max_prompts)
 
     checks = limits.checks
