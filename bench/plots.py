@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("sequence", sequence), ("frontier", frontier)):
+    for name, draw in PICTURES.items():
         if not (args.results / f"{name}.json").exists():
             print(f"{args.results / name}.json is not there")
             continue
@@ -107,6 +107,93 @@ def frontier(found: dict[str, Any]) -> Any:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
+
+def quality(found: dict[str, Any]) -> Any:
+    """Every method on the two test sets; then the states of forget and retain texts, before and after."""
+    figure, (bars, *planes) = plt.subplots(
+        1, 3, figsize=(12, 4), layout="constrained", gridspec_kw={"width_ratios": [1.6, 1, 1]}
+    )
+    methods = found["methods"]
+    places = range(len(methods))
+    for offset, name, label, colour in (
+        (0.2, "test_retain", "test retain (high is good)", "#1f6feb"),
+        (-0.2, "test_forget", "test forget (low is good)", "#cf222e"),
+    ):
+        sets = [method[name] for method in methods.values()]
+        values = [100 * one["accuracy"] for one in sets]
+        spread = [
+            [100 * max(0.0, one["accuracy"] - one["accuracy_interval"][0]) for one in sets],
+            [100 * max(0.0, one["accuracy_interval"][1] - one["accuracy"]) for one in sets],
+        ]
+        bars.barh([-p + offset for p in places], values, 0.38, xerr=spread, color=colour, label=label)
+    bars.set_yticks([-p for p in places], list(methods))
+    bars.set_xlabel("accuracy, %")
+    bars.grid(axis="y")
+    for model, plane in zip(("base", "unlearned"), planes, strict=True):
+        for group, colours in (("train_retain", ("#79c0ff", "#1f6feb")), ("train_forget", ("#ff9b8e", "#cf222e"))):
+            for label, colour in zip(("negative", "positive"), colours, strict=True):
+                rows = [
+                    p for p in found["embedding"] or [] if (p["model"], p["group"], p["label"]) == (model, group, label)
+                ]
+                named = f"{group.removeprefix('train_')}, {label}" if model == "base" else None
+                plane.scatter([p["x"] for p in rows], [p["y"] for p in rows], s=5, color=colour, label=named)
+        plane.set_title(f"{model} (t-SNE; no proof)", fontsize=9)
+        plane.set_xticks([])
+        plane.set_yticks([])
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def training(found: dict[str, Any]) -> Any:
+    """Rows per second of one training step."""
+    figure, panel = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    cases = [
+        (template, size, sizes[size])
+        for template, sizes in found["templates"].items()
+        for size in sizes
+        if isinstance(sizes[size], dict)
+    ]
+    ways = ("letheon", "letheon_cold", "naive", "peft")
+    for at, way in enumerate(ways):
+        places = [place + 0.2 * at for place in range(len(cases))]
+        panel.bar(places, [case[f"{way}_rows_per_second"] for *_, case in cases], 0.18, label=way.replace("_", ", "))
+    panel.set_xticks([place + 0.3 for place in range(len(cases))], [f"{t}\n{s} rows" for t, s, _ in cases])
+    panel.set_ylabel("rows per second")
+    panel.legend(frameon=False)
+    return figure
+
+
+def request_sizes(found: dict[str, Any]) -> Any:
+    """What is forgotten, and the time to active, by the number of texts: every request a point."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    rows = [row for row in found["requests"] if "failure" not in row]
+    for key, label, colour in (
+        ("own_abstain", "the texts", "#1f6feb"),
+        ("variants_abstain", "their variants", "#8250df"),
+        ("unseen_abstain", "unseen texts on the person", "#d29922"),
+        ("false_forget", "unrelated texts", "#cf222e"),
+    ):
+        left.plot([row["texts"] for row in rows], [100 * row[key] for row in rows], ".", color=colour, label=label)
+    left.set_ylabel("answered unknown, %")
+    right.plot([row["texts"] for row in rows], [row["seconds"] for row in rows], ".", color="#1f6feb", label="measured")
+    asked = {int(size): by_size["asked_seconds"] for size, by_size in found["by_size"].items()}
+    right.plot(list(asked), list(asked.values()), "_", markersize=14, color="#cf222e", label="asked")
+    right.set_ylabel("seconds to active")
+    for panel in (left, right):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(list(asked), [str(size) for size in asked])
+        panel.set_xlabel("texts in the request")
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+PICTURES = {
+    "sequence": sequence,
+    "frontier": frontier,
+    "quality": quality,
+    "training": training,
+    "request_sizes": request_sizes,
+}
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
 from pathlib import Path
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from bench.embedding import embedding
 from bench.tuned import (
     LABELS,
     Tuned,
@@ -60,6 +61,8 @@ PAPER: dict[str, tuple[float, ...]] = {  # Table 1, SST-2, LLaMA-2-7B, accuracy 
     "GA+GD": (97.17, 13.75, 94.43, 11.31),
     "SPUL": (99.15, 12.98, 94.93, 16.07),
 }
+TOKENS = 30  # p, as in the paper
+SHOWN = 150  # rows of each kind in the picture
 GATE_ROWS = 4096
 FALSE_CLAIMS, CERTAIN_CLAIMS = 0.002, 0.0005  # the service's defaults
 
@@ -150,11 +153,11 @@ class Bench:
         words = llm.embed(torch.tensor(ids, device=llm.device)).detach().float().cpu()
         return self.prompted(llm, SoftPrompt(words, llm.fingerprint))
 
-    def spul(self) -> dict[str, RowAnswers]:
-        return self.prompted(self.llm, self.soft_prompt())
+    def spul(self, tokens: int = TOKENS) -> dict[str, RowAnswers]:
+        return self.prompted(self.llm, self.soft_prompt(tokens))
 
-    def soft_prompt(self) -> SoftPrompt:
-        folder = self.work / "spul"
+    def soft_prompt(self, tokens: int = TOKENS) -> SoftPrompt:
+        folder = self.work / f"spul-{tokens}"
         done, checkpoint = folder / "prompt.safetensors", folder / "checkpoint"
         if not done.exists():
             with Bar(console=self.console) as bar:
@@ -167,7 +170,7 @@ class Bench:
                     self.llm,
                     self.forget,
                     self.retain,
-                    self.training,
+                    replace(self.training, num_virtual_tokens=tokens),
                     teacher_dir=self.model.work / "teacher",
                     resume=checkpoint.read_bytes() if checkpoint.exists() else None,
                     on_progress=tick,
@@ -175,6 +178,12 @@ class Bench:
                 )
             write(done, result.prompt.to_bytes())
         return SoftPrompt.from_bytes(done.read_bytes(), fingerprint=self.llm.fingerprint)
+
+    def embedding(self) -> list[dict[str, Any]]:
+        """Fig. 1: trained rows, before and after."""
+        groups = {name: self.rows[name][:SHOWN] for name in ("train_retain", "train_forget")}
+        prompts = {"base": [], "unlearned": [self.soft_prompt()]}
+        return embedding(self.llm, prompts, groups, seed=self.args.seed)
 
     @cached_property
     def claims(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -304,6 +313,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[], help="SPUL with so many virtual tokens as well (paper, Fig. 2)"
+    )
     parser.add_argument("--methods", nargs="+", help="only these; nothing is recorded then")
     args = parse(parser, Path("docs/bench/quality.json"))
     console = Console(stderr=True)
@@ -317,6 +329,7 @@ def main() -> None:
         "gate-and-refuse": run.gate_and_refuse,
         "SPUL": run.spul,
         "SPUL behind its gate": run.gated,
+        **{f"SPUL, p = {p}": partial(run.spul, p) for p in sorted({*args.tokens} - {TOKENS})},
     }
     rows = {name: run.kept(name, way) for name, way in ways.items() if args.methods is None or name in args.methods}
     if run.llm.weights_digest() != weights:
@@ -334,6 +347,7 @@ def main() -> None:
         "forget_rows": len(run.forget),
         "methods": found,
         "paper": PAPER,
+        "embedding": run.embedding() if whole else None,
         "leaks": {n: leaks(run, rows["QLoRA"], a) for n, a in rows.items()} if "QLoRA" in rows else None,
         "margins_over": {m: margins(run, rows, m) for m in ("SPUL", "SPUL behind its gate")} if whole else None,
     }
