@@ -5,16 +5,18 @@ paper compares, and three more: in-context unlearning (flipped-label demonstrati
 (no prompt), and SPUL behind its gate, by the service's rule. Accuracy is argmax over the whole vocabulary, as there;
 anything but the true label is wrong. Intervals: 95 %, bootstrap over rows. Every finished row is kept under ``var/``,
 with its answers, so a run that is cut short goes on where it was. ``--json`` prints the recorded result.
+
+Row SPUL is the paper's: a prompt for every query, trained with random retain rows to its last step. "Behind its gate"
+is what the service does in mode ``routed``: another prompt, for claimed queries only, trained with rows near the gate.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
@@ -27,27 +29,29 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from bench.embedding import embedding
+from bench.quality_figures import figures, leaks, margins
 from bench.tuned import (
     LABELS,
     Tuned,
     add_arguments,
     digest_of,
+    kept_prompt,
     parse,
     record,
     slug,
     tuned,
     write,
 )
-from models.evaluation import RowAnswers, label_ids, row_answers, set_figures
+from models.evaluation import RowAnswers, label_ids, row_answers
 from models.examples import Example, digest_examples
-from models.gate import best_cosines
+from models.gate import Gate, GateSpace, best_cosines
 from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.llm import FrozenLLM
-from models.metrics import auc, bootstrap, difference, drift, flips, tpr_at_fpr
 from models.soft_prompt import SoftPrompt
+from models.surroundings import NEAR_ROWS, ROUTED_TRAINING
 from models.text_states import text_states
-from models.training import Progress, TrainingConfig, train_soft_prompt
+from models.training import Progress, TrainingConfig, TrainingResult, train_soft_prompt
 from models.variants import RULES
 from models.weight_tuning import METHODS, Method, WeightTuningConfig, unlearn_by_tuning
 
@@ -61,6 +65,7 @@ PAPER: dict[str, tuple[float, ...]] = {  # Table 1, SST-2, LLaMA-2-7B, accuracy 
     "GA+GD": (97.17, 13.75, 94.43, 11.31),
     "SPUL": (99.15, 12.98, 94.93, 16.07),
 }
+PAPER_ROWS = 10 * (1425 + 46331)  # SPUL's ten epochs of SST-2
 TOKENS = 30  # p, as in the paper
 SHOWN = 150  # rows of each kind in the picture
 GATE_ROWS = 4096
@@ -111,12 +116,16 @@ class Bench:
         self.wanted = {n: label_ids(self.llm, rows) for n, rows in self.rows.items()}
         # Everything that an answer depends on: a row of another model or other settings must not pass for this one's.
         settings = [asdict(self.scale), asdict(self.training), GATE_ROWS, FALSE_CLAIMS, CERTAIN_CLAIMS]
+        settings += [asdict(ROUTED_TRAINING), NEAR_ROWS]
         settings += [asdict(WeightTuningConfig(m, seed=args.seed)) for m in METHODS]
         rows = [digest_examples(found) for found in (self.forget, self.retain, *self.rows.values())]
         self.work = model.work / f"quality-{digest_of(self.llm.fingerprint, settings, rows)}"
 
     def prompted(self, llm: FrozenLLM, *prompts: SoftPrompt) -> dict[str, RowAnswers]:
         return {name: row_answers(llm, prompts, [e.text for e in rows]) for name, rows in self.rows.items()}
+
+    def base(self) -> dict[str, RowAnswers]:
+        return self.prompted(self.llm)
 
     def vanilla(self) -> dict[str, RowAnswers]:
         args = self.args
@@ -154,71 +163,105 @@ class Bench:
         return self.prompted(llm, SoftPrompt(words, llm.fingerprint))
 
     def spul(self, tokens: int = TOKENS) -> dict[str, RowAnswers]:
-        return self.prompted(self.llm, self.soft_prompt(tokens))
+        return self.prompted(self.llm, self.soft_prompt(tokens)[0])
 
-    def soft_prompt(self, tokens: int = TOKENS) -> SoftPrompt:
-        folder = self.work / f"spul-{tokens}"
-        done, checkpoint = folder / "prompt.safetensors", folder / "checkpoint"
-        if not done.exists():
+    def soft_prompt(self, tokens: int = TOKENS) -> tuple[SoftPrompt, dict[str, Any]]:
+        config = replace(self.training, num_virtual_tokens=tokens)
+        return self.trained(f"spul-{tokens}", self.retain, config, self.model.work / "teacher")
+
+    def routed_prompt(self) -> tuple[SoftPrompt, dict[str, Any]]:
+        config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, seed=self.args.seed)
+        near = self.gate_rows.nearest(self.space, self.gate.directions, NEAR_ROWS)
+        return self.trained("routed", [self.retain[i] for i in near], config, None)
+
+    def trained(
+        self, name: str, retain: Sequence[Example], config: TrainingConfig, teacher: Path | None
+    ) -> tuple[SoftPrompt, dict[str, Any]]:
+        """A prompt for all forget rows, and facts on its training; one that was cut short goes on."""
+        checkpoint = self.work / f"{name}.checkpoint"
+
+        def train() -> TrainingResult:
             with Bar(console=self.console) as bar:
-                task = bar.add_task("SPUL", total=None)
+                task = bar.add_task(name, total=None)
 
                 def tick(p: Progress) -> None:
-                    bar.update(task, total=p.total_steps, completed=p.step, description=f"SPUL, loss {p.loss:.3f}")
+                    bar.update(task, total=p.total_steps, completed=p.step, description=f"{name}, loss {p.loss:.3f}")
 
-                result = train_soft_prompt(
+                return train_soft_prompt(
                     self.llm,
                     self.forget,
-                    self.retain,
-                    replace(self.training, num_virtual_tokens=tokens),
-                    teacher_dir=self.model.work / "teacher",
+                    retain,
+                    config,
+                    teacher_dir=teacher,
                     resume=checkpoint.read_bytes() if checkpoint.exists() else None,
                     on_progress=tick,
                     on_checkpoint=lambda _step, data: write(checkpoint, data),
                 )
-            write(done, result.prompt.to_bytes())
-        return SoftPrompt.from_bytes(done.read_bytes(), fingerprint=self.llm.fingerprint)
+
+        prompt, facts = kept_prompt(self.work / name, self.llm, train)
+        return prompt, {**facts, "rows": facts["steps"] * (config.forget_batch + config.retain_batch)}
 
     def embedding(self) -> list[dict[str, Any]]:
         """Fig. 1: trained rows, before and after."""
         groups = {name: self.rows[name][:SHOWN] for name in ("train_retain", "train_forget")}
-        prompts = {"base": [], "unlearned": [self.soft_prompt()]}
+        prompts = {"base": [], "unlearned": [self.soft_prompt()[0]]}
         return embedding(self.llm, prompts, groups, seed=self.args.seed)
 
     @cached_property
-    def claims(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Which rows the request's gate claims, and which it decides alone, (n,) bool each, by set."""
-        rows = GateRows(self.llm, self.retain, GATE_ROWS, self.work / "gate")
-        space = rows.fit_space()
-        gate = fit_gate(
+    def gate_rows(self) -> GateRows:
+        # A cache of fewer rows would drop the others from the one that the benches share.
+        folder = self.model.work if self.scale.retain is None else self.work
+        return GateRows(self.llm, self.retain, GATE_ROWS, folder / "gate")
+
+    @cached_property
+    def space(self) -> GateSpace:
+        return self.gate_rows.fit_space()
+
+    @cached_property
+    def gate(self) -> Gate:
+        return fit_gate(
             text_states(self.llm, [e.text for e in self.forget]),
-            rows.states(rows.calibration_rows),
-            space,
+            self.gate_rows.states(self.gate_rows.calibration_rows),
+            self.space,
             digests=[],
             max_false_claims=FALSE_CLAIMS,
             max_certain_claims=CERTAIN_CLAIMS,
         ).gate
+
+    @cached_property
+    def claims(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Which rows the request's gate claims, and which it decides alone, (n,) bool each, by set."""
         found = {}
         for name, examples in self.rows.items():
-            scores = best_cosines(space.points(text_states(self.llm, [e.text for e in examples])), gate.directions)
-            found[name] = (scores > gate.threshold, scores > gate.certain)
+            points = self.space.points(text_states(self.llm, [e.text for e in examples]))
+            scores = best_cosines(points, self.gate.directions)
+            found[name] = (scores > self.gate.threshold, scores > self.gate.certain)
         return found
 
     def gate_and_refuse(self) -> dict[str, RowAnswers]:
-        base = self.kept("QLoRA", lambda: self.prompted(self.llm))
+        base = self.kept("QLoRA", self.base)
         return {name: refused(base[name], claimed, self.llm) for name, (claimed, _) in self.claims.items()}
 
-    def gated(self) -> dict[str, RowAnswers]:
-        """``unknown`` where the gate is certain, or claims and the prompt abstains; everything else is the base's.
+    def behind_gate(self) -> dict[str, RowAnswers]:
+        """Of every row, also those that the gate would not claim."""
+        return self.prompted(self.llm, self.routed_prompt()[0])
 
-        The rule of the service, without its guard; the prompt is the one of row SPUL, trained for all queries.
+    def gated(self, *, alone: bool) -> dict[str, RowAnswers]:
+        """``unknown`` where the gate claims and the prompt abstains; everything else is the base's.
+
+        ``alone``: also where the gate is certain, as the service has it. Its guard is left out.
         """
-        base = self.kept("QLoRA", lambda: self.prompted(self.llm))
-        prompted = self.kept("SPUL", self.spul)
+        base = self.kept("QLoRA", self.base)
+        prompted = self.kept("routed prompt", self.behind_gate)
         return {
-            name: refused(base[name], certain | claimed & prompted[name].abstained, self.llm)
+            name: refused(base[name], certain & alone | claimed & prompted[name].abstained, self.llm)
             for name, (claimed, certain) in self.claims.items()
         }
+
+    def compute(self) -> dict[str, Any]:
+        """Rows that went through a training step, and over the paper's: ten epochs of its forget and retain rows."""
+        found = {"SPUL": self.soft_prompt()[1], "SPUL behind its gate": self.routed_prompt()[1]}
+        return {name: {**facts, "over_paper": facts["rows"] / PAPER_ROWS} for name, facts in found.items()}
 
     def kept(self, name: str, make: Callable[[], dict[str, RowAnswers]]) -> dict[str, RowAnswers]:
         """Answers by set, from an earlier run where there was one."""
@@ -231,55 +274,6 @@ class Bench:
             write(path, data.getvalue())
             self.console.print(f"{name}: {time.monotonic() - started:.0f} s")
         return {n: RowAnswers(*parts) for n, parts in torch.load(path, weights_only=True).items()}
-
-
-def figures(run: Bench, answers: dict[str, RowAnswers]) -> dict[str, Any]:
-    """Of each set: the figures, and the accuracy's interval."""
-    out = {}
-    for name, found in answers.items():
-        right = bootstrap(found.said == run.wanted[name])
-        out[name] = {**set_figures(found, run.wanted[name]).as_dict(), "accuracy_interval": [right.low, right.high]}
-    return out
-
-
-def leaks(run: Bench, base: dict[str, RowAnswers], answers: dict[str, RowAnswers]) -> dict[str, Any]:
-    """What is left to see, of the forget rows and of the change.
-
-    ``loss``: membership by the true label's share of the verbalizer's words (after Yeom et al. 2018), trained forget
-    rows against such as were never trained on, whichever way an attacker reads it; 0.5 is nothing. SST-2's test rows
-    are often phrases of its train sentences (495 of 552 forget rows), which draws it to 0.5 for every method alike.
-    ``streisand``: how well the mass on `unknown` tells trained forget rows from anybody's unseen rows, that is, who
-    asked to be forgotten. ``forced_choice_accuracy``: how often the right label still wins among labels, on trained
-    forget rows; where a row is refused, the base's answer. Drift is over the labels and `unknown`.
-    """
-
-    def of_label(name: str) -> torch.Tensor:
-        index = [LABELS.index(row.label or "") for row in run.rows[name]]
-        return answers[name].scores[torch.arange(len(index)), index]
-
-    found: dict[str, Any] = {}
-    members, others = of_label("train_forget"), of_label("test_forget")
-    forwards = auc(members, others)
-    found["loss_auc"] = max(forwards, 1 - forwards)
-    found["loss_tpr_at_1_percent"] = max(tpr_at_fpr(sign * members, sign * others, 0.01) for sign in (1, -1))
-    found["streisand_auc"] = auc(answers["train_forget"].scores[:, -1], answers["test_retain"].scores[:, -1])
-    right = answers["train_forget"].among_labels == run.wanted["train_forget"]
-    found["forced_choice_accuracy"] = float(right.double().mean())
-    retain = "test_retain"
-    found["retain_drift_nats"] = float(drift(answers[retain].scores, base[retain].scores).mean())
-    found["retain_flips"] = float(flips(answers[retain].said, base[retain].said).double().mean())
-    return found
-
-
-def margins(run: Bench, rows: dict[str, dict[str, RowAnswers]], method: str) -> dict[str, Any]:
-    """How much more of each test set the weight-tuned methods get right than ``method``, row by row."""
-    out: dict[str, Any] = {}
-    for other in (m.upper() for m in METHODS):
-        for name in ("test_retain", "test_forget"):
-            right = [(rows[which][name].said == run.wanted[name]).double() for which in (other, method)]
-            gap = difference(*right)
-            out.setdefault(other, {})[name] = {"points": 100 * gap.mean, "interval": [100 * gap.low, 100 * gap.high]}
-    return out
 
 
 def refused(base: RowAnswers, where: torch.Tensor, llm: FrozenLLM) -> RowAnswers:
@@ -316,45 +310,57 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[], help="SPUL with so many virtual tokens as well (paper, Fig. 2)"
     )
-    parser.add_argument("--methods", nargs="+", help="only these; nothing is recorded then")
+    parser.add_argument("--methods", nargs="+", help="compute and keep only these; record nothing")
     args = parse(parser, Path("docs/bench/quality.json"))
     console = Console(stderr=True)
     run = Bench(tuned(args, console), args, console)
     weights = run.llm.weights_digest()
     ways: dict[str, Callable[[], dict[str, RowAnswers]]] = {
         "vanilla": run.vanilla,
-        "QLoRA": lambda: run.prompted(run.llm),
+        "QLoRA": run.base,
         **{m.upper(): partial(run.by_tuning, m) for m in METHODS},
         "in-context": run.in_context,
-        "gate-and-refuse": run.gate_and_refuse,
         "SPUL": run.spul,
-        "SPUL behind its gate": run.gated,
         **{f"SPUL, p = {p}": partial(run.spul, p) for p in sorted({*args.tokens} - {TOKENS})},
+        "routed prompt": run.behind_gate,
     }
-    rows = {name: run.kept(name, way) for name, way in ways.items() if args.methods is None or name in args.methods}
+    by_gate: dict[str, Callable[[], dict[str, RowAnswers]]] = {  # of answers that are kept
+        "gate-and-refuse": run.gate_and_refuse,
+        "SPUL behind its gate": partial(run.gated, alone=True),
+        "SPUL behind its gate, prompt decides all": partial(run.gated, alone=False),
+    }
+    if args.methods:
+        for name in args.methods:
+            run.kept(name, ways[name])
+        return
+    rows = {name: run.kept(name, way) for name, way in ways.items()} | {name: way() for name, way in by_gate.items()}
     if run.llm.weights_digest() != weights:
         raise SystemExit("the served model's weights changed")
-    found = {name: figures(run, answers) for name, answers in rows.items()}
+    found = {name: figures(answers, run.wanted) for name, answers in rows.items()}
     print_table(found, console)
-    whole = args.methods is None
-    result = {
-        "bench": "quality",
-        "scale": args.scale,
-        "seed": args.seed,
-        "template": args.template,
-        "quantization": args.quantization,
-        "retain_rows": len(run.retain),
-        "forget_rows": len(run.forget),
-        "methods": found,
-        "paper": PAPER,
-        "embedding": run.embedding() if whole else None,
-        "leaks": {n: leaks(run, rows["QLoRA"], a) for n, a in rows.items()} if "QLoRA" in rows else None,
-        "margins_over": {m: margins(run, rows, m) for m in ("SPUL", "SPUL behind its gate")} if whole else None,
-    }
-    if whole:
-        record(args, result)
-    else:
-        print(json.dumps(result))  # a part is not kept as the result
+    record(
+        args,
+        {
+            "bench": "quality",
+            "scale": args.scale,
+            "seed": args.seed,
+            "template": args.template,
+            "quantization": args.quantization,
+            "retain_rows": len(run.retain),
+            "forget_rows": len(run.forget),
+            "methods": found,
+            "paper": PAPER,
+            "compute": run.compute(),
+            "gate": {
+                "directions": len(run.gate.directions),
+                "threshold": run.gate.threshold,
+                "certain": run.gate.certain,
+            },
+            "leaks": {n: leaks(a, rows["QLoRA"], run.rows, run.wanted) for n, a in rows.items()},
+            "margins_over": {m: margins(rows, run.wanted, m) for m in ("SPUL", "SPUL behind its gate")},
+            "embedding": run.embedding(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from models.gate import NEVER, Gate, GateSpace, best_cosines, cosines
 
 OWN_RECALL = 0.95  # of the forget texts that the directions of a gate are to reach
 MAX_DIRECTIONS = 128
-MANY_SUBJECTS = 5  # a request on so many subjects, or more, may claim as much as so many requests on one
 TAIL = 0.05  # share of the calibration rows that the tail is fitted to, and no fewer than _TAIL_ROWS
 CLAIM_RISE, CERTAIN_RISE = 0.25, 0.5  # how far into the gap
 GAP_OUTLIERS = 0.05  # of the forget texts may lie below the gap's upper end
@@ -55,11 +54,6 @@ class _Rates:
     certain: float | None
     rises: bool
 
-    def of_directions(self, count: int) -> _Rates:
-        """Those of a gate of ``count`` directions."""
-        times = min(count, MANY_SUBJECTS)
-        return replace(self, claims=times * self.claims, certain=None if self.certain is None else times * self.certain)
-
 
 def fit_gate(
     forget: Tensor,
@@ -74,20 +68,18 @@ def fit_gate(
 
     ``max_false_claims``: the share of other texts that may be claimed, and ``max_certain_claims`` the share that the
     gate may decide without its prompt; None leaves all to the prompt. Texts on one subject share a direction; where one
-    does not reach them all, there are twice as many, and so on, and both rates are multiplied by their number, at most
-    by MANY_SUBJECTS. Raises DatasetError.
+    does not reach them all, there are twice as many, and so on. Raises DatasetError.
     """
     if not len(forget) or not len(calibration):
         raise DatasetError("a gate needs forget texts and calibration rows")
     own, others = space.points(forget), space.points(calibration)
     copies = (own @ own.T > COPY).fill_diagonal_(True)
     different = int((~copies.tril(-1).any(1)).sum())
-    of_one = _Rates(max_false_claims, max_certain_claims, different >= _GAP_TEXTS)
+    rates = _Rates(max_false_claims, max_certain_claims, different >= _GAP_TEXTS)
     clusters = 1
     while True:
         belongs = _cluster(own, clusters)
         directions = _directions(own, belongs)
-        rates = of_one.of_directions(len(directions))
         threshold, certain = _thresholds(own, belongs, copies, best_cosines(others, directions), rates)
         recall = int((best_cosines(own, directions) > threshold).sum()) / len(own)
         if recall >= OWN_RECALL or len(directions) < clusters or clusters >= min(len(own), MAX_DIRECTIONS):
