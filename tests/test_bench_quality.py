@@ -56,10 +56,16 @@ def test_every_method_of_the_paper_has_a_row(
     assert set(found["leaks"]) == set(found["methods"])
     assert found["leaks"]["QLoRA"]["retain_drift_nats"] == found["leaks"]["QLoRA"]["retain_flips"] == 0
     assert set(found["margins_over"]["SPUL"]) == {"GA", "RL", "GA+KL", "GA+GD"}
-    # A gate alone refuses at least what gate and prompt refuse together.
+    # A gate alone refuses at least what gate and prompt refuse together, and that is least where the prompt decides all.
+    gated = ("SPUL behind its gate, prompt decides all", "SPUL behind its gate", "gate-and-refuse")
     for name in quality.SETS:
-        refused = found["methods"]["gate-and-refuse"][name]["abstain"]
-        assert refused >= found["methods"]["SPUL behind its gate"][name]["abstain"]
+        refused = [found["methods"][which][name]["abstain"] for which in gated]
+        assert refused == sorted(refused)
+    steps, rows = (found["compute"]["SPUL"][key] for key in ("steps", "rows"))
+    assert (steps, rows) == (10, 160) and found["compute"]["SPUL"]["over_paper"] == rows / 477560
+    assert found["compute"]["SPUL behind its gate"]["rows"] == 80
+    shown = [(p["model"], p["group"], p["label"]) for p in found["embedding"]]
+    assert len(set(shown)) == 8 and len(shown) == 2 * 72  # 32 forget rows, and of the retain rows 40
 
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
     quality.main()
