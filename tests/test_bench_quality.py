@@ -56,7 +56,7 @@ def test_every_method_of_the_paper_has_a_row(
     assert set(found["leaks"]) == set(found["methods"])
     assert found["leaks"]["QLoRA"]["retain_drift_nats"] == found["leaks"]["QLoRA"]["retain_flips"] == 0
     assert set(found["margins_over"]["SPUL"]) == {"GA", "RL", "GA+KL", "GA+GD"}
-    # A gate alone refuses at least what gate and prompt refuse together, and that is least where the prompt decides all.
+    # A gate alone refuses most, and least where the prompt decides all.
     gated = ("SPUL behind its gate, prompt decides all", "SPUL behind its gate", "gate-and-refuse")
     for name in quality.SETS:
         refused = [found["methods"][which][name]["abstain"] for which in gated]
