@@ -69,7 +69,8 @@ PAPER_ROWS = 10 * (1425 + 46331)  # SPUL's ten epochs of SST-2
 TOKENS = 30  # p, as in the paper
 SHOWN = 150  # rows of each kind in the picture
 GATE_ROWS = 4096
-FALSE_CLAIMS, CERTAIN_CLAIMS = 0.002, 0.0005  # the service's defaults
+# The service's defaults.
+FALSE_CLAIMS, CERTAIN_CLAIMS, MIN_ABSTAIN, MAX_DROP = 0.002, 0.0005, 0.9, 0.03
 
 
 @dataclass(frozen=True)
@@ -258,10 +259,18 @@ class Bench:
             for name, (claimed, certain) in self.claims.items()
         }
 
-    def compute(self) -> dict[str, Any]:
-        """Rows that went through a training step, and over the paper's: ten epochs of its forget and retain rows."""
-        found = {"SPUL": self.soft_prompt()[1], "SPUL behind its gate": self.routed_prompt()[1]}
-        return {name: {**facts, "over_paper": facts["rows"] / PAPER_ROWS} for name, facts in found.items()}
+    def compute(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Rows that went through a training step, and over the paper's: ten epochs of its forget and retain rows.
+
+        ``passes``: whether the service's checks would, on the rows measured here.
+        """
+        before = found["QLoRA"]["test_retain"]["accuracy"]
+        out = {}
+        for name, facts in (("SPUL", self.soft_prompt()[1]), ("SPUL behind its gate", self.routed_prompt()[1])):
+            drop = before - found[name]["test_retain"]["accuracy"]
+            passes = found[name]["train_forget"]["abstain"] >= MIN_ABSTAIN and drop <= MAX_DROP
+            out[name] = {**facts, "over_paper": facts["rows"] / PAPER_ROWS, "passes": passes}
+        return out
 
     def kept(self, name: str, make: Callable[[], dict[str, RowAnswers]]) -> dict[str, RowAnswers]:
         """Answers by set, from an earlier run where there was one."""
@@ -350,7 +359,7 @@ def main() -> None:
             "forget_rows": len(run.forget),
             "methods": found,
             "paper": PAPER,
-            "compute": run.compute(),
+            "compute": run.compute(found),
             "gate": {
                 "directions": len(run.gate.directions),
                 "threshold": run.gate.threshold,

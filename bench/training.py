@@ -10,8 +10,10 @@ The same step (same rows, same weights, same loss, AdamW on φ) in three ways, t
   vocabulary head scores the label position only, which a straightforward port would not do either.
 - PEFT: ``PromptEncoder`` trained by ``transformers.Trainer``, the same loss in ``compute_loss``.
 
-Figures are medians of ratios within a round. Then the gradient of φ, Letheon's against naive, in float32. ``--json``
-prints the recorded result and computes nothing.
+Figures are medians of ratios within a round. Then the gradient of φ, Letheon's against naive, in float32. From the
+recorded ``bench.quality``, where there is one: ``compute_to_quality``, rows processed by the prompts that pass the checks
+over the paper's ten epochs (the least of them; None where none passes). ``--json`` prints the recorded result and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -249,6 +251,13 @@ def gradient_difference(llm: FrozenLLM, examples: Sequence[Example]) -> float:
     return float((own - naive).norm() / naive.norm())
 
 
+def compute_to_quality(recorded: Path) -> float | None:
+    if not recorded.exists():
+        return None
+    found = json.loads(recorded.read_text(encoding="utf-8"))["compute"]
+    return min((one["over_paper"] for one in found.values() if one["passes"]), default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
@@ -272,6 +281,7 @@ def main() -> None:
     steps = {name: [sizes[f"{f}+{r}"] for f, r in BATCHES] for name, sizes in found["templates"].items()}
     found["step_over_naive"] = {name: min(s["step_over_naive"] for s in both) for name, both in steps.items()}
     found["over_peft"] = min(s["over_peft"] for both in steps.values() for s in both)
+    found["compute_to_quality"] = compute_to_quality(args.out.with_name("quality.json"))
     found["gradient_rel_diff"] = max(sizes["gradient_rel_diff"] for sizes in found["templates"].values())
     console.print(json.dumps(found, indent=1))
     record(args, found)

@@ -122,6 +122,20 @@ def test_all_ways_of_a_training_step_have_one_loss(llm: FrozenLLM) -> None:
     assert training.gradient_difference(llm, examples) < 1e-4
 
 
+def test_compute_to_quality_is_of_the_prompts_that_pass(tmp_path: Path) -> None:
+    recorded = tmp_path / "quality.json"
+    assert training.compute_to_quality(recorded) is None
+    compute = {
+        "SPUL": {"over_paper": 0.01, "passes": False},
+        "SPUL behind its gate": {"over_paper": 0.02, "passes": True},
+    }
+    recorded.write_text(json.dumps({"compute": compute}))
+    assert training.compute_to_quality(recorded) == 0.02
+    compute["SPUL behind its gate"]["passes"] = False
+    recorded.write_text(json.dumps({"compute": compute}))
+    assert training.compute_to_quality(recorded) is None
+
+
 def test_activation_is_measured_on_the_workers_own_job(
     llm: FrozenLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
