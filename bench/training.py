@@ -11,8 +11,8 @@ The same step (same rows, same weights, same loss, AdamW on φ) in three ways, t
 - PEFT: ``PromptEncoder`` trained by ``transformers.Trainer``, the same loss in ``compute_loss``.
 
 Figures are medians of ratios within a round. Then the gradient of φ, Letheon's against naive, in float32. From the
-recorded ``bench.quality``, where there is one: ``compute_to_quality``, the rows that a prompt that passes the checks has
-seen, over the paper's ten epochs (the least of them; None where none passes). ``--json`` prints the recorded result
+recorded ``bench.quality``, where there is one: ``compute_to_quality``, the rows that a prompt has seen that passes the
+checks, over the paper's ten epochs (the least of them; None where none passes). ``--json`` prints the recorded result
 and computes nothing.
 """
 
