@@ -64,7 +64,6 @@ MODES: dict[str, tuple[float, float | None]] = {
     "gate-and-refuse, 0.05 %": (CERTAIN_CLAIMS, CERTAIN_CLAIMS),
 }
 BATCH = 32
-MAX_CONCATENATED = 4  # it is broken by then
 LATENCY_TEXTS = 200
 
 
@@ -227,7 +226,7 @@ def figures(answers: Answers, persons: Sequence[Person], changed: Mapping[int, s
 
 
 def build(run: Bench, count: int, console: Console) -> tuple[dict[str, Routes], list[dict[str, Any]]]:
-    """The first ``count`` requests in each of MODES, each gate fitted beside those before it; and facts on each."""
+    """The first ``count`` requests in each of MODES, and facts on each."""
     sets = {name: Routes([], {}, fingerprint=run.llm.fingerprint) for name in MODES}
     facts = []
     states = run.rows.states(run.rows.calibration_rows)
@@ -308,7 +307,7 @@ def measure(run: Bench, console: Console) -> dict[str, Any]:
         console.print(f"k={k} routed {curves['routed'][k]}")
     few = Answers(run, {**groups, "held out": run.held_out[: args.stacked_rows], "others": run.others[:100]})
     for name, prompts in (("routed prompts concatenated", [r.prompt for r in routes.routes]), ("concatenate", stacked)):
-        for k in [k for k in KS if k <= min(len(prompts), MAX_CONCATENATED)]:
+        for k in [k for k in KS if k <= len(prompts)]:
             wanted = [
                 i
                 for group, place in few.places.items()
