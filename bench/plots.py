@@ -102,7 +102,8 @@ def frontier(found: dict[str, Any]) -> Any:
             panel.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
             panel.set_ylim(-4, 104)
         line[0].set_ylabel("unseen recall, %")
-    figure.supxlabel("false abstain on held-out texts, %", fontsize=9)
+    for panel in panels.reshape(len(kinds), -1)[-1]:
+        panel.set_xlabel("false abstain on held-out texts, %")
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure

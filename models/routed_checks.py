@@ -27,9 +27,10 @@ class RoutedLimits:
 
 @dataclass(frozen=True)
 class RoutedReport:
-    """``violations`` and ``missed`` (``models.self_tuning.Missed``) are empty exactly when ``passed``.
+    """``violations`` is empty exactly when ``passed``: what would be served keeps to the limits.
 
-    Rates are fractions of rows, accuracies over labels + generic.
+    ``warnings``: the prompt itself falls short of them where its gate decides for it. ``missed``: what violations and
+    warnings are about, of ``models.self_tuning.Missed``. Rates are fractions of rows, accuracies over labels + generic.
 
     ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
     that knows the forget texts by their digests. ``prompt_abstain``: by the prompt alone, whatever the gate says.
@@ -57,6 +58,7 @@ class RoutedReport:
     active_requests: int
     passed: bool
     violations: list[str]
+    warnings: list[str]
     missed: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,8 +115,11 @@ def check_routes(
     found: dict[str, list[str]] = {"forget": [], "retain": [], "set": []}
     if abstain < checks.min_forget_abstain:
         found["forget"].append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
+    warnings = []
     if prompt_abstain < checks.min_forget_abstain:
-        found["forget"].append(f"the prompt's own {prompt_abstain:.4f} is below {checks.min_forget_abstain}")
+        warnings.append(
+            f"the prompt's own forget abstain rate {prompt_abstain:.4f} is below {checks.min_forget_abstain}"
+        )
     # Another training mends what this prompt turned away, not what its gate is certain of or others have used up.
     own = {i for i, r in enumerate(retained) if last in r.claims and r.answer.abstained and not r.certain}
     mended = [r.base if i in own else r.answer for i, r in enumerate(retained)]
@@ -144,7 +149,8 @@ def check_routes(
         active_requests=len(routes),
         passed=not violations,
         violations=violations,
-        missed=[name for name, part in found.items() if part],
+        warnings=warnings,
+        missed=[name for name, part in found.items() if part or (warnings and name == "forget")],
     )
 
 

@@ -247,11 +247,15 @@ def test_what_earlier_requests_used_up_is_the_sets(world: World) -> None:
     assert world.check(Route(world.always, certain), disturbing[:1], limits=limits).missed == ["set"]
 
 
-def test_a_prompt_that_learned_nothing_fails_whatever_its_gate_decides(world: World) -> None:
-    gate = world.gate(0, 1)
-    report = world.check(Route(world.never, replace(gate, certain=gate.threshold)), limits=CheckLimits(0.9, 1.0, 1.0))
+def test_a_prompt_that_learned_nothing_is_warned_of_whatever_its_gate_decides(world: World) -> None:
+    gate, limits = world.gate(0, 1), CheckLimits(0.9, 1.0, 1.0)
+    report = world.check(Route(world.never, replace(gate, certain=gate.threshold)), limits=limits)
     assert (report.forget_abstain, report.prompt_abstain) == (1.0, 0.0)
-    assert report.missed == ["forget"] and "the prompt's own 0.0000" in report.violations[0]
+    assert report.passed and report.violations == [] and report.missed == ["forget"]
+    assert report.warnings == ["the prompt's own forget abstain rate 0.0000 is below 0.9"]
+    report = world.check(Route(world.never, gate), limits=limits)
+    assert not report.passed and report.missed == ["forget"] and len(report.violations) == len(report.warnings) == 1
+    assert world.check(Route(world.always, gate), limits=limits).warnings == []
 
 
 def test_empty_sides_and_long_texts_are_refused(world: World) -> None:

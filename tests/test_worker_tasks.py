@@ -411,6 +411,20 @@ def test_after_the_last_try_the_request_fails_and_says_what_was_tried(context: C
     assert states(context, request_id) == ["pending", *["training", "evaluating"] * 3, "failed"]
 
 
+@ROUTED_ONLY
+def test_a_prompt_that_learns_nothing_is_tried_again_and_then_left_to_its_gate(context: Context) -> None:
+    alone = {"max_certain_claim_rate": 1, "max_steps": 1, "learning_rate": 1e-9, "max_tries": 3}
+    request_id = submit(context)
+    run_job(changed(context, **PATIENT | alone), request_id)
+    row = request(context, request_id)
+    assert row.state == "active" and row.metrics is not None
+    tries = row.metrics["earlier_tries"]
+    assert [found["missed"] for found in tries] == [["forget"]] * 2
+    assert all(found["forget_abstain"] == 1 > found["prompt_abstain"] for found in tries)
+    assert row.metrics["violations"] == [] and row.metrics["missed"] == ["forget"]
+    assert row.metrics["warnings"][0].startswith("the prompt's own forget abstain rate")
+
+
 def test_a_worker_that_takes_over_goes_on_with_the_same_try(context: Context) -> None:
     """Stopped in the middle of the second try: neither the first try nor what the second had is lost."""
     patient = changed(context, **PATIENT, checkpoint_seconds=0.001)

@@ -117,8 +117,11 @@ class Job:
             self.reporter.flush()
             self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
             self.reporter.phase("evaluating")
+            missed = [found["missed"] for found in tries]
+            after = next_try(first, [*missed, ["forget"]], max_tries=self.settings.max_tries)
+            last = after is None or time.monotonic() > self.deadline
             try:
-                return self.check_and_activate(result, forget, retain, around, tries)
+                return self.check_and_activate(result, forget, retain, around, tries, last=last)
             except ChecksFailed as failed:
                 tries = [*tries, record_of(plan, result, failed)]
                 plan = next_try(first, [found["missed"] for found in tries], max_tries=self.settings.max_tries)
@@ -238,11 +241,14 @@ class Job:
         retain: list[Example],
         around: Surroundings | None,
         tries: Sequence[dict[str, Any]],
+        *,
+        last: bool,
     ) -> str:
         """Check the prompt in the very set it will serve in, then put it in force.
 
         As often as the set moves meanwhile: that others are busy is no reason to fail anyone. ``tries``: those before
-        this one. Raises ChecksFailed, JobFailed, LeaseLost, Stopped.
+        this one; the ``last`` may leave to its gate what the prompt has not learned. Raises ChecksFailed, JobFailed,
+        LeaseLost, Stopped.
         """
         while not self.should_stop():
             stack = self.read_stack()
@@ -272,8 +278,8 @@ class Job:
                 "attempt": self.claim.attempt,
                 "earlier_tries": list(tries),
             }
-            if not report.passed:
-                raise ChecksFailed("; ".join(report.violations), metrics)
+            if not report.passed or (report.warnings and not last):
+                raise ChecksFailed("; ".join([*report.violations, *report.warnings]), metrics)
             if gate is None:
                 canaries = make_canaries(
                     Classifier(self.context.llm),
@@ -387,5 +393,6 @@ def record_of(plan: Try, result: TrainingResult, failed: ChecksFailed) -> dict[s
     """What is kept of a try that failed its checks: for the client, the auditor and the next attempt."""
     config, metrics = plan.config, failed.metrics
     knobs = {name: getattr(config, name) for name in ("alpha", "beta", "num_virtual_tokens", "seed")}
-    figures = {name: metrics[name] for name in ("forget_abstain", "retain_accuracy", "retain_accuracy_before")}
+    names = ("forget_abstain", "prompt_abstain", "retain_accuracy", "retain_accuracy_before")
+    figures = {name: metrics[name] for name in names if name in metrics}
     return {"missed": metrics["missed"], **knobs, **figures, "steps": result.steps, "seconds": round(result.seconds, 1)}
