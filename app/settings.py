@@ -108,7 +108,12 @@ class Settings(BaseSettings):
     )
 
     # Checks before activation
-    min_forget_abstain: float = Field(default=0.9, ge=0, le=1)
+    min_forget_abstain: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="Share of its texts that a request must be answered `unknown` to, as served.",
+    )
     max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
     max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")
     check_retain_rows: int = Field(default=256, ge=8)

@@ -1,4 +1,4 @@
-"""The README's pictures, from the recorded results: ``python -m bench.plots``. Needs matplotlib (extra ``bench``)."""
+"""Pictures of the recorded results: ``python -m bench.plots``. Needs matplotlib (extra ``bench``)."""
 
 from __future__ import annotations
 
@@ -129,13 +129,11 @@ def quality(found: dict[str, Any]) -> Any:
         bars.barh([-p + offset for p in places], values, 0.38, xerr=spread, color=colour, label=label)
     bars.set_yticks([-p for p in places], list(methods))
     bars.set_xlabel("accuracy, %")
-    bars.grid(axis="y")
+    bars.grid(False, axis="y")
     for model, plane in zip(("base", "unlearned"), planes, strict=True):
         for group, colours in (("train_retain", ("#79c0ff", "#1f6feb")), ("train_forget", ("#ff9b8e", "#cf222e"))):
             for label, colour in zip(("negative", "positive"), colours, strict=True):
-                rows = [
-                    p for p in found["embedding"] or [] if (p["model"], p["group"], p["label"]) == (model, group, label)
-                ]
+                rows = [p for p in found["embedding"] if (p["model"], p["group"], p["label"]) == (model, group, label)]
                 named = f"{group.removeprefix('train_')}, {label}" if model == "base" else None
                 plane.scatter([p["x"] for p in rows], [p["y"] for p in rows], s=5, color=colour, label=named)
         plane.set_title(f"{model} (t-SNE; no proof)", fontsize=9)

@@ -1,7 +1,7 @@
 """The SPUL paper's comparison (arXiv 2406.12038, Table 1): ``python -m bench.quality --data DIR [--scale …] [--json]``.
 
 One model, fine-tuned on forget and retain rows; then one request for **all** forget rows, met in every way that the
-paper compares, and three more: in-context unlearning (flipped-label demonstrations before the query), gate-and-refuse
+paper compares, and more: in-context unlearning (flipped-label demonstrations before the query), gate-and-refuse
 (no prompt), and SPUL behind its gate, by the service's rule. Accuracy is argmax over the whole vocabulary, as there;
 anything but the true label is wrong. Intervals: 95 %, bootstrap over rows. Every finished row is kept under ``var/``,
 with its answers, so a run that is cut short goes on where it was. ``--json`` prints the recorded result.
@@ -65,9 +65,10 @@ PAPER: dict[str, tuple[float, ...]] = {  # Table 1, SST-2, LLaMA-2-7B, accuracy 
     "GA+GD": (97.17, 13.75, 94.43, 11.31),
     "SPUL": (99.15, 12.98, 94.93, 16.07),
 }
-PAPER_ROWS = 10 * (1425 + 46331)  # SPUL's ten epochs of SST-2
+PAPER_ROWS = 10 * (1425 + 46331)  # its ten epochs of SST-2's train rows (§5.1)
 TOKENS = 30  # p, as in the paper
 SHOWN = 150  # rows of each kind in the picture
+METHOD_NAMES = ("vanilla", "QLoRA", *(m.upper() for m in METHODS), "in-context", "SPUL", "routed prompt")
 GATE_ROWS = 4096
 # The service's defaults.
 FALSE_CLAIMS, CERTAIN_CLAIMS, MIN_ABSTAIN, MAX_DROP = 0.002, 0.0005, 0.9, 0.03
@@ -172,8 +173,8 @@ class Bench:
 
     def routed_prompt(self) -> tuple[SoftPrompt, dict[str, Any]]:
         config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, seed=self.args.seed)
-        near = self.gate_rows.nearest(self.space, self.gate.directions, NEAR_ROWS)
-        return self.trained("routed", [self.retain[i] for i in near], config, None)
+        near = [self.retain[i] for i in self.gate_rows.nearest(self.space, self.gate.directions, NEAR_ROWS)]
+        return self.trained(f"routed-{digest_examples(near)[:12]}", near, config, None)
 
     def trained(
         self, name: str, retain: Sequence[Example], config: TrainingConfig, teacher: Path | None
@@ -262,13 +263,18 @@ class Bench:
     def compute(self, found: dict[str, Any]) -> dict[str, Any]:
         """Rows that went through a training step, and over the paper's: ten epochs of its forget and retain rows.
 
-        ``passes``: whether the service's checks would, on the rows measured here.
+        ``passes``: by the measured rows, at least MIN_ABSTAIN of the forget rows are answered ``unknown``, by the prompt
+        alone as well, and no more than MAX_DROP of the accuracy on test retain rows is lost.
         """
         before = found["QLoRA"]["test_retain"]["accuracy"]
         out = {}
-        for name, facts in (("SPUL", self.soft_prompt()[1]), ("SPUL behind its gate", self.routed_prompt()[1])):
+        for name, alone, facts in (
+            ("SPUL", "SPUL", self.soft_prompt()[1]),
+            ("SPUL behind its gate", "routed prompt", self.routed_prompt()[1]),
+        ):
+            abstain = min(found[which]["train_forget"]["abstain"] for which in (name, alone))
             drop = before - found[name]["test_retain"]["accuracy"]
-            passes = found[name]["train_forget"]["abstain"] >= MIN_ABSTAIN and drop <= MAX_DROP
+            passes = abstain >= MIN_ABSTAIN and drop <= MAX_DROP
             out[name] = {**facts, "over_paper": facts["rows"] / PAPER_ROWS, "passes": passes}
         return out
 
@@ -297,7 +303,7 @@ def refused(base: RowAnswers, where: torch.Tensor, llm: FrozenLLM) -> RowAnswers
     )
 
 
-def print_table(found: dict[str, Any], console: Console) -> None:
+def print_table(found: dict[str, Any], published: dict[str, tuple[float, ...]], console: Console) -> None:
     table = Table(title="accuracy, % (95 % interval; paper, LLaMA-2-7B); answered unknown, %")
     for column in ("", *SETS, VARIANTS):
         table.add_column(column, justify="right")
@@ -306,7 +312,7 @@ def print_table(found: dict[str, Any], console: Console) -> None:
         for at, which in enumerate((*SETS, VARIANTS)):
             row = sets[which]
             low, high = row["accuracy_interval"]
-            paper = f"; {PAPER[name][at]:.1f}" if name in PAPER and at < len(SETS) else ""
+            paper = f"; {published[name][at]:.1f}" if name in published and at < len(SETS) else ""
             cells.append(f"{100 * row['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f}{paper}) {row['abstain']:.1%}")
         table.add_row(name, *cells)
     console.print(table)
@@ -319,7 +325,8 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[], help="SPUL with so many virtual tokens as well (paper, Fig. 2)"
     )
-    parser.add_argument("--methods", nargs="+", help="compute and keep only these; record nothing")
+    parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, help="compute and keep these; no record")
+    parser.add_argument("--paper", action=argparse.BooleanOptionalAction, default=True, help="its figures for SST-2")
     args = parse(parser, Path("docs/bench/quality.json"))
     console = Console(stderr=True)
     run = Bench(tuned(args, console), args, console)
@@ -346,7 +353,7 @@ def main() -> None:
     if run.llm.weights_digest() != weights:
         raise SystemExit("the served model's weights changed")
     found = {name: figures(answers, run.wanted) for name, answers in rows.items()}
-    print_table(found, console)
+    print_table(found, PAPER if args.paper else {}, console)
     record(
         args,
         {
@@ -358,8 +365,8 @@ def main() -> None:
             "retain_rows": len(run.retain),
             "forget_rows": len(run.forget),
             "methods": found,
-            "paper": PAPER,
-            "compute": run.compute(found),
+            "paper": PAPER if args.paper else None,
+            "compute": run.compute(found) if args.paper else None,
             "gate": {
                 "directions": len(run.gate.directions),
                 "threshold": run.gate.threshold,

@@ -19,8 +19,13 @@ HELD_OUT = 0.2
 
 
 def split(rows: list[dict[str, Any]], category: str, *, max_words: int | None, seed: int) -> dict[str, list[Any]]:
-    """Rows with ``text``, ``label`` and ``category`` by file name, in a seeded order; longer ones are left out."""
-    kept = [row for row in rows if max_words is None or len(row["text"].split()) <= max_words]
+    """Rows with ``text``, ``label`` and ``category`` by file name, in a seeded order.
+
+    Longer ones are left out; of a text that is listed twice one row is kept, the one to forget if there is one.
+    """
+    short = [row for row in rows if max_words is None or len(row["text"].split()) <= max_words]
+    forget_last = sorted(short, key=lambda row: row["category"] == category)
+    kept = {row["text"]: row for row in forget_last}.values()
     out: dict[str, list[Any]] = {}
     for side, wanted in (("forget", True), ("retain", False)):
         found = [row for row in kept if (row["category"] == category) == wanted]

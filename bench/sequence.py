@@ -306,8 +306,10 @@ def measure(run: Bench, console: Console) -> dict[str, Any]:
                 curves["routed, guarded"][k] = figures(answers, persons[:k], guard(answers, persons[:k], found))
         console.print(f"k={k} routed {curves['routed'][k]}")
     few = Answers(run, {**groups, "held out": run.held_out[: args.stacked_rows], "others": run.others[:100]})
+    longest = max(len(row) for row in run.llm.rows([row.text for row in few.rows]))
     for name, prompts in (("routed prompts concatenated", [r.prompt for r in routes.routes]), ("concatenate", stacked)):
-        for k in [k for k in KS if k <= len(prompts)]:
+        tokens = [sum(p.num_virtual_tokens for p in prompts[:k]) for k in range(len(prompts) + 1)]
+        for k in [k for k in KS if k <= len(prompts) and run.llm.text_room(tokens[k]) >= longest]:
             wanted = [
                 i
                 for group, place in few.places.items()

@@ -254,8 +254,10 @@ def gradient_difference(llm: FrozenLLM, examples: Sequence[Example]) -> float:
 def compute_to_quality(recorded: Path) -> float | None:
     if not recorded.exists():
         return None
-    found = json.loads(recorded.read_text(encoding="utf-8"))["compute"]
-    return min((one["over_paper"] for one in found.values() if one["passes"]), default=None)
+    found = json.loads(recorded.read_text(encoding="utf-8"))
+    if found["scale"] == "smoke" or found["compute"] is None:
+        return None
+    return min((one["over_paper"] for one in found["compute"].values() if one["passes"]), default=None)
 
 
 def main() -> None:
@@ -266,6 +268,7 @@ def main() -> None:
     settings = get_settings()
     examples = read_examples(str(reviews_dir(settings.home) / "train.jsonl"), labels=settings.labels)
     found: dict[str, Any] = {"bench": "training", "rounds": args.rounds, "templates": {}}
+    found["compute_to_quality"] = compute_to_quality(args.out.with_name("quality.json"))
     for template in TEMPLATES:
         arguments: dict[str, Any] = {**load_arguments(settings), "template": template}
         served = FrozenLLM.load(**arguments)
@@ -281,7 +284,6 @@ def main() -> None:
     steps = {name: [sizes[f"{f}+{r}"] for f, r in BATCHES] for name, sizes in found["templates"].items()}
     found["step_over_naive"] = {name: min(s["step_over_naive"] for s in both) for name, both in steps.items()}
     found["over_peft"] = min(s["over_peft"] for both in steps.values() for s in both)
-    found["compute_to_quality"] = compute_to_quality(args.out.with_name("quality.json"))
     found["gradient_rel_diff"] = max(sizes["gradient_rel_diff"] for sizes in found["templates"].values())
     console.print(json.dumps(found, indent=1))
     record(args, found)

@@ -86,7 +86,7 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
 
 def kept_prompt(path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult]) -> tuple[SoftPrompt, dict[str, Any]]:
     """A prompt and facts on its training: from ``path`` where an earlier run left them."""
-    data, facts = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    data, facts = (path.with_name(path.name + suffix) for suffix in (".safetensors", ".json"))
     if not facts.exists():
         result = train()
         write(data, result.prompt.to_bytes())

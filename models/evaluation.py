@@ -85,7 +85,7 @@ def retain_figures(
 class CheckReport:
     """``violations`` and ``missed`` are empty exactly when ``passed``. Accuracies are over labels and generic labels.
 
-    ``missed``: what is violated, of ``models.self_tuning.Missed``. ``warnings``: none, see ``RoutedReport``.
+    ``missed``: what is violated, of ``models.self_tuning.Missed``.
     ``lost_canaries``: earlier requests that no longer hold (``models.canaries``). Without forget rows, when a set is
     checked that is in force already, the two abstain rates are None.
     """
@@ -103,7 +103,6 @@ class CheckReport:
     active_requests: int
     passed: bool
     violations: list[str]
-    warnings: list[str]
     missed: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,7 +155,6 @@ def check_prompts(
         active_requests=len(prompts),
         passed=not violations,
         violations=violations,
-        warnings=[],
         missed=[name for name, part in found.items() if part],
     )
 

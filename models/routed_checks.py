@@ -27,10 +27,11 @@ class RoutedLimits:
 
 @dataclass(frozen=True)
 class RoutedReport:
-    """``violations`` is empty exactly when ``passed``: what would be served keeps to the limits.
+    """``violations`` and ``missed`` (``models.self_tuning.Missed``) are empty exactly when ``passed``.
 
-    ``warnings``: the prompt itself falls short of them where its gate decides for it. ``missed``: what violations and
-    warnings are about, of ``models.self_tuning.Missed``. Rates are fractions of rows, accuracies over labels + generic.
+    They are about what would be served. ``warnings``: the prompt alone knows fewer of its texts than asked for; where
+    the request passes all the same, its gate decides for it. Rates are fractions of rows, accuracies over labels +
+    generic.
 
     ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
     that knows the forget texts by their digests. ``prompt_abstain``: by the prompt alone, whatever the gate says.
@@ -150,7 +151,7 @@ def check_routes(
         passed=not violations,
         violations=violations,
         warnings=warnings,
-        missed=[name for name, part in found.items() if part or (warnings and name == "forget")],
+        missed=[name for name, part in found.items() if part],
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
-from bench import quality
+from bench import plots, quality
 from models.evaluation import RowAnswers
 from models.llm import FrozenLLM
 
@@ -66,6 +67,10 @@ def test_every_method_of_the_paper_has_a_row(
     assert found["compute"]["SPUL behind its gate"]["rows"] == 80
     shown = [(p["model"], p["group"], p["label"]) for p in found["embedding"]]
     assert len(set(shown)) == 8 and len(shown) == 2 * 72  # 32 forget rows, and of the retain rows 40
+
+    figure = plots.quality(found)
+    assert [len(axis.get_yticks()) for axis in figure.axes] == [len(found["methods"]), 0, 0]
+    plt.close(figure)
 
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
     quality.main()

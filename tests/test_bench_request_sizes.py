@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
 from app.settings import get_settings
-from bench import request_sizes
+from bench import plots, request_sizes
 
 WORDS = ["the", "film", "is", "good", "bad", "movie", "great", "awful", "acting", "plot", "story", "scene"]
 PEOPLE = {"zaq": 40, "wub": 12, "kij": 3}
@@ -98,6 +99,9 @@ def test_requests_are_met_by_the_workers_own_job_and_kept(
     assert json.loads((tmp_path / "request_sizes.json").read_text()) == json.loads(capsys.readouterr().out)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()} == kept
     assert [row["state"] for row in found["requests"]] == ["active", "active"]
+    figure = plots.request_sizes(found)
+    assert len(figure.axes) == 2
+    plt.close(figure)
     for row in found["requests"]:
         assert row["steps"] == 4 and row["seconds"] > 0 and row["tries"] == 1
         for name in ("own_abstain", "variants_abstain", "unseen_abstain", "false_forget"):

@@ -27,6 +27,11 @@ def test_a_category_is_forgotten_and_a_fifth_is_held_out() -> None:
         "test_retain": 8,
         "train_retain": 32,
     }
+    again = [*ROWS, {**ROWS[1], "category": "C"}, {**ROWS[2], "category": "B"}, ROWS[0]]
+    repeated = reviews.split(again, "B", max_words=None, seed=0)
+    texts = [row["text"] for rows in repeated.values() for row in rows]
+    assert len(set(texts)) == len(texts) == 60
+    assert sum(len(repeated[f"{side}_forget"]) for side in ("train", "test")) == 21, "a text of two categories goes"
     assert all((row["category"] == "B") == ("forget" in name) for name, rows in found.items() for row in rows)
     texts = [row["text"] for rows in found.values() for row in rows]
     assert len(set(texts)) == len(texts) == 60

@@ -412,16 +412,14 @@ def test_after_the_last_try_the_request_fails_and_says_what_was_tried(context: C
 
 
 @ROUTED_ONLY
-def test_a_prompt_that_learns_nothing_is_tried_again_and_then_left_to_its_gate(context: Context) -> None:
-    alone = {"max_certain_claim_rate": 1, "max_steps": 1, "learning_rate": 1e-9, "max_tries": 3}
+def test_a_prompt_that_learns_nothing_is_left_to_its_gate_with_a_warning(context: Context) -> None:
+    alone = {"max_certain_claim_rate": 1, "max_steps": 1, "learning_rate": 1e-9}
     request_id = submit(context)
     run_job(changed(context, **PATIENT | alone), request_id)
     row = request(context, request_id)
     assert row.state == "active" and row.metrics is not None
-    tries = row.metrics["earlier_tries"]
-    assert [found["missed"] for found in tries] == [["forget"]] * 2
-    assert all(found["forget_abstain"] == 1 > found["prompt_abstain"] for found in tries)
-    assert row.metrics["violations"] == [] and row.metrics["missed"] == ["forget"]
+    assert (row.metrics["earlier_tries"], row.metrics["violations"], row.metrics["missed"]) == ([], [], [])
+    assert row.metrics["forget_abstain"] == 1 > 0.9 > row.metrics["prompt_abstain"]
     assert row.metrics["warnings"][0].startswith("the prompt's own forget abstain rate")
 
 

@@ -117,11 +117,8 @@ class Job:
             self.reporter.flush()
             self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
             self.reporter.phase("evaluating")
-            missed = [found["missed"] for found in tries]
-            after = next_try(first, [*missed, ["forget"]], max_tries=self.settings.max_tries)
-            last = after is None or time.monotonic() > self.deadline
             try:
-                return self.check_and_activate(result, forget, retain, around, tries, last=last)
+                return self.check_and_activate(result, forget, retain, around, tries)
             except ChecksFailed as failed:
                 tries = [*tries, record_of(plan, result, failed)]
                 plan = next_try(first, [found["missed"] for found in tries], max_tries=self.settings.max_tries)
@@ -241,14 +238,11 @@ class Job:
         retain: list[Example],
         around: Surroundings | None,
         tries: Sequence[dict[str, Any]],
-        *,
-        last: bool,
     ) -> str:
         """Check the prompt in the very set it will serve in, then put it in force.
 
         As often as the set moves meanwhile: that others are busy is no reason to fail anyone. ``tries``: those before
-        this one; the ``last`` may leave to its gate what the prompt has not learned. Raises ChecksFailed, JobFailed,
-        LeaseLost, Stopped.
+        this one. Raises ChecksFailed, JobFailed, LeaseLost, Stopped.
         """
         while not self.should_stop():
             stack = self.read_stack()
@@ -278,8 +272,8 @@ class Job:
                 "attempt": self.claim.attempt,
                 "earlier_tries": list(tries),
             }
-            if not report.passed or (report.warnings and not last):
-                raise ChecksFailed("; ".join([*report.violations, *report.warnings]), metrics)
+            if not report.passed:
+                raise ChecksFailed("; ".join(report.violations), metrics)
             if gate is None:
                 canaries = make_canaries(
                     Classifier(self.context.llm),
