@@ -112,7 +112,7 @@ class Settings(BaseSettings):
         default=0.9,
         ge=0,
         le=1,
-        description="Share of its texts that a request must be answered `unknown` to, as served.",
+        description="Share of a request's texts answered `unknown`, as they would be served.",
     )
     max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
     max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")

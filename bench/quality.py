@@ -263,8 +263,8 @@ class Bench:
     def compute(self, found: dict[str, Any]) -> dict[str, Any]:
         """Rows that went through a training step, and over the paper's: ten epochs of its forget and retain rows.
 
-        ``passes``: by the measured rows, at least MIN_ABSTAIN of the forget rows are answered ``unknown``, by the prompt
-        alone as well, and no more than MAX_DROP of the accuracy on test retain rows is lost.
+        ``passes``: at least MIN_ABSTAIN of the measured forget rows are answered ``unknown``, by the prompt alone too,
+        and no more than MAX_DROP of the accuracy on test retain rows is lost.
         """
         before = found["QLoRA"]["test_retain"]["accuracy"]
         out = {}

@@ -130,15 +130,7 @@ class Bench:
             raise SystemExit(f"a request of {len(request.texts)} texts was left {row.state}")
         if row.state == RequestState.FAILED or row.metrics is None or routes is None:
             return {**found, "failure": row.failure}
-        kept = (
-            "warnings",
-            "steps",
-            "training_seconds",
-            "prompt_abstain",
-            "unseen_claimed",
-            "unseen_certain",
-            "false_claim_rate",
-        )
+        kept = ("steps", "training_seconds", "prompt_abstain", "warnings", "unseen_claimed", "unseen_certain")
         found |= {key: row.metrics[key] for key in kept}
         return {**found, **self._measured(context, routes, request)}
 
