@@ -1,7 +1,8 @@
 """train_soft_prompt: SPUL in one visible loop (arXiv 2406.12038 §4; losses in ``models.losses``).
 
 What is exact and fast: soft prompt and template head run once per step and every row attends to their keys and values;
-the teacher's states come from a cache; the head scores the label position only; shorter and longer rows run apart.
+the teacher's states come from a cache; the head scores the label position only; a small step is one packed sequence,
+and in a larger one shorter and longer rows run apart.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models import checkpoint
+from models import checkpoint, packing
 from models.errors import DatasetError, TrainingDiverged
 from models.examples import Example, collate, digest_examples, length_buckets
 from models.inference import answer_scores
@@ -252,7 +253,12 @@ def spul_terms(
 
     Rows are token ids of text and tail: ``soft`` and the template's head are run once for all of them.
     """
-    logits = llm.logits(_hidden_by_length(llm, [*forget_rows, *retain_rows], compute_prefix(llm, soft)))
+    rows = [*forget_rows, *retain_rows]
+    if packing.fits(llm, soft, rows):
+        hidden = packing.packed_last_hidden(llm, soft, rows)
+    else:
+        hidden = _hidden_by_length(llm, rows, compute_prefix(llm, soft))
+    logits = llm.logits(hidden)
     on_forget, on_retain = logits[: len(forget_rows)], logits[len(forget_rows) :]
     kl = retain_kl(on_retain, teacher_logits)
     return (forget_ce(on_forget, generic_ids), retain_ce(on_retain, label_ids), kl.mean()), kl

@@ -1,4 +1,7 @@
-"""Cached prefix = plain concatenation, in logits and gradient; padding and batch invariance. Every model family."""
+"""Cached prefix and packed rows = plain concatenation, in logits and gradient; padding and batch invariance.
+
+Every model family.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch
 from tiny_models import FAMILIES, make_tiny_model
 from torch import Tensor
 
+from models import packing
 from models.errors import ModelError, TextTooLong
 from models.examples import collate
 from models.inference import Classifier
@@ -57,6 +61,26 @@ def test_logits_and_gradient_equal_plain_concatenation(llm: FrozenLLM) -> None:
     assert plain_soft.grad is not None
     assert soft.grad is not None
     assert float((soft.grad - plain_soft.grad).norm() / plain_soft.grad.norm()) < 1e-4
+
+
+def test_packed_rows_equal_plain_concatenation(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = llm.rows(TEXTS)
+    if getattr(llm.model.config, "sliding_window", None) is not None:
+        assert not packing.fits(llm, _soft(llm), rows), "one mask for all layers would let a row see past the window"
+        monkeypatch.setattr(llm.model.config, "sliding_window", 256)
+    assert packing.fits(llm, _soft(llm), rows)
+    assert not packing.fits(llm, _soft(llm), rows * 20), "the mask grows with the square of the tokens"
+    plain_soft, soft = _soft(llm).requires_grad_(True), _soft(llm).requires_grad_(True)
+    plain = torch.stack([_plain_logits(llm, plain_soft, row) for row in rows])
+    plain.log_softmax(-1)[:, 5].sum().backward()
+    packed = llm.logits(packing.packed_last_hidden(llm, soft, rows))
+    packed.log_softmax(-1)[:, 5].sum().backward()
+    torch.testing.assert_close(packed, plain, rtol=2e-4, atol=2e-5)
+    assert plain_soft.grad is not None
+    assert soft.grad is not None
+    assert float((soft.grad - plain_soft.grad).norm() / plain_soft.grad.norm()) < 1e-4
+    alone = packing.packed_last_hidden(llm, _soft(llm), rows[1:2])
+    torch.testing.assert_close(llm.logits(alone)[0], packed[1].detach(), rtol=2e-4, atol=2e-5)
 
 
 def test_gradient_reaches_every_virtual_token(llm: FrozenLLM) -> None:
