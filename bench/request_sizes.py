@@ -2,7 +2,7 @@
 
 Of 1, 8, 32 and 128 texts, each alone on a database of its own, from submit to active, on the model of the SST-2
 benches. Then, without the guard: what is answered ``unknown`` of the texts themselves, of their rule-made variants
-(``models.variants``), of unseen texts that name the same person, and of 1,000 held-out texts that name nobody who was
+(``models.variants``; with the guard too, which folds case), of unseen texts that name the same person, and of 1,000 held-out texts that name nobody who was
 ever forgotten. A request of more texts than a person has is on several people. The gate space, which the first request
 of a service pays for, is made before and timed apart. Finished requests are kept under ``var/``; seconds want an idle
 machine. ``--json`` prints the recorded result and computes nothing.
@@ -34,7 +34,7 @@ from bench.activation import sibling, submit
 from bench.tuned import Tuned, add_arguments, digest_of, parse, record, slug, tuned, write
 from models.gate_rows import GateRows, space_source
 from models.inference import Classifier
-from models.routing import Routes, classify_routed
+from models.routing import Digest, Routes, classify_routed
 from models.text_states import text_states
 from models.variants import RULES, variants
 from worker.context import Context, stack_reader
@@ -137,11 +137,11 @@ class Bench:
     def _measured(self, context: Context, routes: Routes, request: Request) -> dict[str, Any]:
         classifier = Classifier(context.llm)
 
-        def abstains(texts: Sequence[str]) -> float:
+        def abstains(texts: Sequence[str], digest: Digest | None = None) -> float:
             if not texts:  # no unrelated text is claimed
                 return 0.0
             answers = classify_routed(
-                classifier, routes, texts, digest=None, max_prompts=context.settings.max_prompts_per_query
+                classifier, routes, texts, digest=digest, max_prompts=context.settings.max_prompts_per_query
             )
             return sum(found.answer.abstained for found in answers) / len(texts)
 
@@ -155,6 +155,7 @@ class Bench:
         return {
             "own_abstain": round(abstains(request.texts), 4),
             "variants_abstain": round(abstains(everything), 4),
+            "variants_guarded": round(abstains(everything, context.vault.gate_digest), 4),
             "by_rule": {rule: round(abstains(texts), 4) for rule, texts in changed.items() if texts},
             "unseen_abstain": round(abstains(request.unseen), 4),
             "false_forget": round(refused / len(self.unrelated), 4),
@@ -171,6 +172,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for key, worst in (
             ("own_abstain", min),
             ("variants_abstain", min),
+            ("variants_guarded", min),
             ("unseen_abstain", min),
             ("false_forget", max),
             ("seconds", max),
@@ -220,8 +222,8 @@ def main() -> None:
 
 def print_table(by_size: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table(title="worst request / mean; answered unknown in %, without the guard")
-    names = ("own_abstain", "variants_abstain", "unseen_abstain", "false_forget")
-    for column in ("texts", "active", "own", "variants", "unseen", "unrelated", "seconds (asked)"):
+    names = ("own_abstain", "variants_abstain", "variants_guarded", "unseen_abstain", "false_forget")
+    for column in ("texts", "active", "own", "variants", "guarded", "unseen", "unrelated", "seconds (asked)"):
         table.add_column(column, justify="right")
     for size, found in by_size.items():
         if not found["active"]:

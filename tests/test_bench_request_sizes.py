@@ -53,7 +53,7 @@ def test_requests_have_their_number_of_texts_and_the_people_they_need(
 
 
 def test_summary_takes_the_worst_and_leaves_out_what_failed() -> None:
-    names = ("own_abstain", "variants_abstain", "unseen_abstain")
+    names = ("own_abstain", "variants_abstain", "variants_guarded", "unseen_abstain")
     rows: list[dict[str, Any]] = [
         {"texts": 8, **dict.fromkeys(names, 1.0), "false_forget": 0.0, "seconds": 100.0},
         {"texts": 8, **dict.fromkeys(names, 0.5), "false_forget": 0.01, "seconds": 50.0},
@@ -106,3 +106,6 @@ def test_requests_are_met_by_the_workers_own_job_and_kept(
         assert row["steps"] == 4 and row["seconds"] > 0 and row["tries"] == 1
         for name in ("own_abstain", "variants_abstain", "unseen_abstain", "false_forget"):
             assert 0 <= row[name] <= 1
+        assert row["variants_guarded"] >= max(0.15, row["variants_abstain"]), (
+            "the guard knows a fifth of them: other case"
+        )
