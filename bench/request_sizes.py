@@ -2,10 +2,10 @@
 
 Of 1, 8, 32 and 128 texts, each alone on a database of its own, from submit to active, on the model of the SST-2
 benches. Then, without the guard: what is answered ``unknown`` of the texts themselves, of their rule-made variants
-(``models.variants``; with the guard too, which folds case), of unseen texts that name the same person, and of 1,000 held-out texts that name nobody who was
-ever forgotten. A request of more texts than a person has is on several people. The gate space, which the first request
-of a service pays for, is made before and timed apart. Finished requests are kept under ``var/``; seconds want an idle
-machine. ``--json`` prints the recorded result and computes nothing.
+(``models.variants``; with the guard too, which folds case), of unseen texts that name the same person, and of 1,000
+held-out texts that name nobody who was ever forgotten. A request of more texts than a person has is on several people.
+The gate space, which the first request of a service pays for, is made before and timed apart. Finished requests are
+kept under ``var/``; seconds want an idle machine. ``--json`` prints the recorded result and computes nothing.
 """
 
 from __future__ import annotations
