@@ -158,7 +158,7 @@ def training(found: dict[str, Any]) -> Any:
         panel.bar(places, [case[f"{way}_rows_per_second"] for *_, case in cases], 0.18, label=way.replace("_", ", "))
     panel.set_xticks([place + 0.3 for place in range(len(cases))], [f"{t}\n{s} rows" for t, s, _ in cases])
     panel.set_ylabel("rows per second")
-    panel.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
