@@ -46,7 +46,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
 
 def test_it_learns_to_abstain_and_keeps_the_weights(llm: FrozenLLM) -> None:
     weights = llm.weights_digest()
-    config = TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.1)
+    # Against a bfloat16 copy it is rounding that decides when a model this small converges.
+    config = TrainingConfig(num_virtual_tokens=6, max_steps=200, learning_rate=0.1, precision="exact")
     result = train_soft_prompt(llm, FORGET, RETAIN, config)
     assert result.stopped == "converged"
     report = check_prompts(
