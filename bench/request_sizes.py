@@ -34,7 +34,7 @@ from bench.activation import sibling, submit
 from bench.tuned import Tuned, add_arguments, digest_of, parse, record, slug, tuned, write
 from models.gate_rows import GateRows, space_source
 from models.inference import Classifier
-from models.routing import Digest, Routes, classify_routed
+from models.routing import Routes, classify_routed
 from models.text_states import text_states
 from models.variants import RULES, variants
 from worker.context import Context, stack_reader
@@ -137,29 +137,34 @@ class Bench:
     def _measured(self, context: Context, routes: Routes, request: Request) -> dict[str, Any]:
         classifier = Classifier(context.llm)
 
-        def abstains(texts: Sequence[str], digest: Digest | None = None) -> float:
-            if not texts:  # no unrelated text is claimed
-                return 0.0
+        def abstained(texts: Sequence[str]) -> list[bool]:
             answers = classify_routed(
-                classifier, routes, texts, digest=digest, max_prompts=context.settings.max_prompts_per_query
+                classifier, routes, texts, digest=None, max_prompts=context.settings.max_prompts_per_query
             )
-            return sum(found.answer.abstained for found in answers) / len(texts)
+            return [found.answer.abstained for found in answers]
 
         changed: dict[str, list[str]] = {rule: [] for rule in RULES}
         for seed, text in enumerate(request.texts):
             for rule, variant in variants(text, seed=seed).items():
                 changed[rule].append(variant)
+        by_rule = {rule: abstained(texts) for rule, texts in changed.items() if texts}
+        bare = [one for found in by_rule.values() for one in found]
+        digests = [context.vault.gate_digest(variant) for texts in changed.values() for variant in texts]
+        guarded = [one or bool(routes.known_by(digest)) for one, digest in zip(bare, digests, strict=True)]
         claimed = (routes.margins(self.unrelated_states) > 0).any(1).nonzero().flatten().tolist()
-        refused = abstains([self.unrelated[i] for i in claimed]) * len(claimed)
-        everything = [variant for texts in changed.values() for variant in texts]
+        refused = sum(abstained([self.unrelated[i] for i in claimed])) if claimed else 0
         return {
-            "own_abstain": round(abstains(request.texts), 4),
-            "variants_abstain": round(abstains(everything), 4),
-            "variants_guarded": round(abstains(everything, context.vault.gate_digest), 4),
-            "by_rule": {rule: round(abstains(texts), 4) for rule, texts in changed.items() if texts},
-            "unseen_abstain": round(abstains(request.unseen), 4),
+            "own_abstain": _share(abstained(request.texts)),
+            "variants_abstain": _share(bare),
+            "variants_guarded": _share(guarded),
+            "by_rule": {rule: _share(found) for rule, found in by_rule.items()},
+            "unseen_abstain": _share(abstained(request.unseen)),
             "false_forget": round(refused / len(self.unrelated), 4),
         }
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return round(sum(hits) / len(hits), 4)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
