@@ -172,7 +172,8 @@ class Bench:
         return self.trained(f"spul-{tokens}", self.retain, config, self.model.work / "teacher")
 
     def routed_prompt(self) -> tuple[SoftPrompt, dict[str, Any]]:
-        config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, seed=self.args.seed)
+        # One schedule, three epochs of the forget set: the service would double it, at most twice.
+        config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, max_doublings=0, seed=self.args.seed)
         near = [self.retain[i] for i in self.gate_rows.nearest(self.space, self.gate.directions, NEAR_ROWS)]
         return self.trained(f"routed-{digest_examples(near)[:12]}", near, config, None)
 
@@ -248,13 +249,14 @@ class Bench:
         """Of every row, also those that the gate would not claim."""
         return self.prompted(self.llm, self.routed_prompt()[0])
 
-    def gated(self, *, alone: bool) -> dict[str, RowAnswers]:
+    def gated(self, *, alone: bool, prompt: str = "routed prompt") -> dict[str, RowAnswers]:
         """``unknown`` where the gate claims and the prompt abstains; everything else is the base's.
 
-        ``alone``: also where the gate is certain, as the service has it. Its guard is left out.
+        ``alone``: also where the gate is certain, as the service has it. Its guard is left out. ``prompt``: whose
+        answers, by the name of a row.
         """
         base = self.kept("QLoRA", self.base)
-        prompted = self.kept("routed prompt", self.behind_gate)
+        prompted = self.kept(prompt, self.spul if prompt == "SPUL" else self.behind_gate)
         return {
             name: refused(base[name], certain & alone | claimed & prompted[name].abstained, self.llm)
             for name, (claimed, certain) in self.claims.items()
@@ -344,6 +346,7 @@ def main() -> None:
         "gate-and-refuse": run.gate_and_refuse,
         "SPUL behind its gate": partial(run.gated, alone=True),
         "SPUL behind its gate, prompt decides all": partial(run.gated, alone=False),
+        "the paper's prompt behind that gate": partial(run.gated, alone=True, prompt="SPUL"),
     }
     if args.methods:
         for name in args.methods:

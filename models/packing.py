@@ -1,28 +1,37 @@
 """A training step as one sequence: [soft prompt, template head] once, then every row, each blind to the others.
 
-What a small step costs is less its tokens than its passes over the weights: prefix, shorter and longer rows apart make
-three, forward and backward. Packed there is one of each, and no padding. The mask grows with the square of the tokens,
-so large steps stay as they were (docs/LOG.md has the figures).
+Everything but attention is per token, so it runs on one flat sequence: one pass over the weights forward and one
+backward, and no padding. Attention runs apart: the prefix on itself, then all rows as one padded batch behind the
+prefix's keys and values, in plain matrix products with the query heads of a group side by side. On CPU those take a
+fifth of the time of torch's fused kernel with its backward pass, whose block is the whole of such a short row
+(docs/LOG.md has the figures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from models.llm import FrozenLLM
 
-MAX_TOKENS = 768
+MAX_SCORES = 4_000_000
+"""Of one layer, kept for the backward pass, three times over; where there would be more, a fused kernel keeps none."""
+_SDPA_OR_PACKED = "letheon_sdpa_or_packed"
 
 
 def fits(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> bool:
-    """Whether packing pays, and whether it is exact: one mask serves all layers only where no window cuts a row."""
-    shared = len(soft) + len(llm.template.head_ids)
-    window = getattr(llm.model.config, "sliding_window", None)
-    longest = shared + max(len(row) for row in rows)
-    return shared + sum(len(row) for row in rows) <= MAX_TOKENS and (window is None or longest <= window)
+    """Whether packing is exact: one mask serves all layers only where no window cuts a row, and no score is capped."""
+    config = llm.model.config
+    window = getattr(config, "sliding_window", None)
+    longest = len(soft) + len(llm.template.head_ids) + max(len(row) for row in rows)
+    return config._attn_implementation in ("sdpa", _SDPA_OR_PACKED) and (window is None or longest <= window)
 
 
 def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -30,29 +39,110 @@ def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int
 
     ``soft``: (p, d), to which the gradient flows.
     """
+    # For good, since another thread may be running the model: without a layout it is sdpa itself.
+    llm.model.config._attn_implementation = _SDPA_OR_PACKED
     device, head = llm.device, llm.template.head_ids
     ids = torch.tensor([*head, *(token for row in rows for token in row)], device=device)
     embeddings = torch.cat([soft.to(device, llm.dtype), llm.embed(ids)])
-    shared = len(soft) + len(head)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    owner = torch.cat(
-        [
-            torch.full((shared,), -1, device=device),
-            torch.arange(len(rows), device=device).repeat_interleave(lengths),
-        ]
-    )
-    places = torch.arange(len(owner), device=device)
-    before = lengths.cumsum(0) - lengths  # tokens of the rows ahead
-    positions = places.clone()
-    positions[shared:] -= before[owner[shared:]]
-    seen = (owner == -1) | (owner.unsqueeze(1) == owner)  # (query, key)
-    seen &= places.unsqueeze(1) >= places
-    mask = torch.zeros(seen.shape, dtype=llm.dtype, device=device).masked_fill_(~seen, torch.finfo(llm.dtype).min)
+    layout = _Layout.of(len(soft) + len(head), [len(row) for row in rows], device, llm.dtype)
     output = llm.decoder(
         inputs_embeds=embeddings.unsqueeze(0),
-        attention_mask=mask[None, None],
-        position_ids=positions.unsqueeze(0),
+        attention_mask=layout.mask[None, None],  # four axes: taken as it is
+        position_ids=layout.positions.unsqueeze(0),
         use_cache=False,
+        packed=layout,
     )
     hidden: Tensor = output.last_hidden_state[0]
-    return hidden[shared + before + lengths - 1]
+    return hidden[layout.last]
+
+
+@dataclass(frozen=True, repr=False)
+class _Layout:
+    """Where the rows are in a sequence of T tokens, of which the first ``shared`` are the prefix.
+
+    ``positions`` (T,). ``last`` (N,): each row's last token. ``padded`` (N·L,): places of the rows' tokens behind the
+    prefix, the first one's again where a row is shorter than L. ``back`` (T - shared,): from there to the sequence.
+    ``mask`` (shared + L, shared + L): additive and causal.
+    """
+
+    shared: int
+    rows: int
+    positions: Tensor
+    last: Tensor
+    padded: Tensor
+    back: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, shared: int, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> _Layout:
+        longest, size = max(lengths), torch.tensor(lengths)
+        ends = size.cumsum(0)
+        column = torch.arange(longest)
+        real = column < size.unsqueeze(1)  # (N, L)
+        padded = torch.where(real, (ends - size).unsqueeze(1) + column, 0)
+        places = torch.arange(shared + longest)
+        mask = torch.zeros(len(places), len(places), dtype=dtype)
+        mask.masked_fill_(places.unsqueeze(1) < places, torch.finfo(dtype).min)
+        return cls(
+            shared=shared,
+            rows=len(lengths),
+            positions=torch.cat([places[:shared], shared + column.expand_as(real)[real]]).to(device),
+            last=(shared + ends - 1).to(device),
+            padded=padded.flatten().to(device),
+            back=real.flatten().nonzero().squeeze(1).to(device),
+            mask=mask.to(device),
+        )
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed: _Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, H, T, D) query, (1, K, T, D) key and value → (1, T, H, D)."""
+    if packed is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return found
+    shared, scaling = packed.shared, kwargs.get("scaling") or query.shape[-1] ** -0.5
+    heads, dim = query.shape[1], query.shape[-1]
+    prefix = [x[:, :, :shared] for x in (query, key, value)]
+    own = [_rows(x[0, :, shared:], packed) for x in (query, key, value)]
+    keys, values = (
+        torch.cat([of_prefix.expand(packed.rows, -1, -1, -1), of_rows], dim=2)
+        for of_prefix, of_rows in zip(prefix[1:], own[1:], strict=True)
+    )
+    on_prefix = _attend(*prefix, packed.mask[:shared, :shared], scaling)
+    mask = packed.mask[shared:]
+    if heads * packed.rows * mask.numel() > MAX_SCORES:
+        fused, _ = sdpa_attention_forward(module, own[0], keys, values, mask[None, None], scaling=scaling)
+        on_rows = fused.transpose(1, 2)
+    else:
+        on_rows = _attend(own[0], keys, values, mask, scaling)
+    flat = on_rows.transpose(1, 2).reshape(-1, heads * dim).index_select(0, packed.back)
+    out = torch.cat([on_prefix[0].transpose(0, 1), flat.view(-1, heads, dim)])
+    return out.unsqueeze(0), None
+
+
+def _rows(states: Tensor, packed: _Layout) -> Tensor:
+    """(h, T - shared, D) → (N, h, L, D), padded."""
+    heads, _, dim = states.shape
+    flat = states.transpose(0, 1).reshape(-1, heads * dim).index_select(0, packed.padded)
+    return flat.view(packed.rows, -1, heads, dim).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """softmax(q kᵀ · scaling + mask) v of (B, H, L, D), (B, K, S, D) and (L, S); H / K query heads share a key."""
+    rows, heads, length, dim = query.shape
+    groups = key.shape[1]
+    query = query.reshape(rows, groups, -1, dim)  # (B, K, H/K · L, D)
+    scores = (query @ key.transpose(-1, -2)).view(rows, groups, -1, length, key.shape[2])
+    weights = torch.softmax(scores * scaling + mask, dim=-1)
+    return (weights.view(rows, groups, -1, key.shape[2]) @ value).view(rows, heads, length, dim)
+
+
+AttentionInterface.register(_SDPA_OR_PACKED, _attention)
+AttentionMaskInterface.register(_SDPA_OR_PACKED, sdpa_mask)
