@@ -107,30 +107,29 @@ def _attention(
     if packed is None:
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
-    shared, scaling = packed.shared, kwargs.get("scaling") or query.shape[-1] ** -0.5
-    heads, dim = query.shape[1], query.shape[-1]
-    prefix = [x[:, :, :shared] for x in (query, key, value)]
-    own = [_rows(x[0, :, shared:], packed) for x in (query, key, value)]
+    shared, heads, dim = packed.shared, query.shape[1], query.shape[-1]
+    scaling = kwargs.get("scaling") or dim**-0.5
+    ahead = [x[:, :, :shared] for x in (query, key, value)]
+    on_prefix = _attend(ahead[0], ahead[1], ahead[2], packed.mask[:shared, :shared], scaling)
+    queries = _rows(query, packed)
     keys, values = (
-        torch.cat([of_prefix.expand(packed.rows, -1, -1, -1), of_rows], dim=2)
-        for of_prefix, of_rows in zip(prefix[1:], own[1:], strict=True)
+        torch.cat([x[:, :, :shared].expand(packed.rows, -1, -1, -1), _rows(x, packed)], dim=2) for x in (key, value)
     )
-    on_prefix = _attend(*prefix, packed.mask[:shared, :shared], scaling)
     mask = packed.mask[shared:]
     if heads * packed.rows * mask.numel() > MAX_SCORES:
-        fused, _ = sdpa_attention_forward(module, own[0], keys, values, mask[None, None], scaling=scaling)
+        fused, _ = sdpa_attention_forward(module, queries, keys, values, mask[None, None], scaling=scaling)
         on_rows = fused.transpose(1, 2)
     else:
-        on_rows = _attend(own[0], keys, values, mask, scaling)
+        on_rows = _attend(queries, keys, values, mask, scaling)
     flat = on_rows.transpose(1, 2).reshape(-1, heads * dim).index_select(0, packed.back)
     out = torch.cat([on_prefix[0].transpose(0, 1), flat.view(-1, heads, dim)])
     return out.unsqueeze(0), None
 
 
 def _rows(states: Tensor, packed: _Layout) -> Tensor:
-    """(h, T - shared, D) → (N, h, L, D), padded."""
-    heads, _, dim = states.shape
-    flat = states.transpose(0, 1).reshape(-1, heads * dim).index_select(0, packed.padded)
+    """(1, h, T, D) → the rows' alone, padded: (N, h, L, D)."""
+    _, heads, _, dim = states.shape
+    flat = states[0, :, packed.shared :].transpose(0, 1).reshape(-1, heads * dim).index_select(0, packed.padded)
     return flat.view(packed.rows, -1, heads, dim).transpose(1, 2)
 
 
