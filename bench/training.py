@@ -1,13 +1,14 @@
 """What a training step costs: ``python -m bench.training [--json]``. Demo model, demo reviews; wants an idle machine.
 
-The same step (same rows, same weights, same loss, AdamW on φ) in three ways, taken in turns in one process:
+The same step (same rows, same weights, same loss, AdamW on φ) in these ways, taken in turns in one process:
 
-- Letheon's own (``models.training.spul_terms``): prefix and template head run once, the teacher's states come from the
-  cache, shorter and longer rows run apart. Once more with a cold cache, as when a row is drawn for the first time: in a
-  routed request's 60 steps about half of the draws are. What a training does between steps (checks, running mean) is in
-  neither.
+- Letheon's own (``models.training.spul_terms``): the step as one packed sequence behind one prefix, the teacher's
+  states from the cache. Once more with a cold cache, as when a row is drawn for the first time: in a routed request's
+  60 steps about half of the draws are. What a training does between steps (checks, running mean) is in neither.
 - naive: [φ, head, text, tail] of every row concatenated and padded in one batch, the teacher run again every step. The
-  vocabulary head scores the label position only, which a straightforward port would not do either.
+  vocabulary head scores the label position only, which a straightforward port would not do either. Once more with
+  transformers' ``eager`` attention: its default, torch's fused kernel, is slow in the backward pass on CPU, and a
+  port that knew so would lose less.
 - PEFT: ``PromptEncoder`` trained by ``transformers.Trainer``, the same loss in ``compute_loss``.
 
 Figures are medians of ratios within a round. Then the gradient of φ, Letheon's against naive, in float32. From the
@@ -116,6 +117,21 @@ def combined(logits: Tensor, rows: Rows, teacher: Tensor, label_ids: Tensor) -> 
     return spul_loss(*terms, alpha=ALPHA, beta=BETA)
 
 
+def eager(llm: FrozenLLM, step: Callable[[int], float]) -> Callable[[int], float]:
+    """The step with attention as transformers writes it out."""
+
+    def run(number: int) -> float:
+        config = llm.model.config
+        usual = config._attn_implementation
+        config._attn_implementation = "eager"
+        try:
+            return step(number)
+        finally:
+            config._attn_implementation = usual
+
+    return run
+
+
 def step_of(loss: Callable[[Tensor, int], Tensor], hidden_size: int) -> Callable[[int], float]:
     """A step of AdamW on a φ of its own; the argument is the round, the answer its seconds."""
     phi = nn.Parameter(0.02 * torch.randn(TOKENS, hidden_size, generator=torch.Generator().manual_seed(0)))
@@ -211,10 +227,12 @@ def compare(llm: FrozenLLM, examples: Sequence[Example], forget: int, retain: in
     rows = [pick(llm, examples, forget, retain, number) for number in range(rounds + 1)]
     teacher = Teacher(llm, examples)
     labels = [teacher.label_ids(found.picked) for found in rows]  # the cache is warm, as it is after a first request
+    naive = step_of(lambda phi, n: naive_loss(llm, phi, rows[n], labels[n]), llm.hidden_size)
     ways = {
         "letheon": step_of(lambda phi, n: own_loss(llm, phi, rows[n], teacher), llm.hidden_size),
         "letheon_cold": step_of(lambda phi, n: own_loss(llm, phi, rows[n], Teacher(llm, examples)), llm.hidden_size),
-        "naive": step_of(lambda phi, n: naive_loss(llm, phi, rows[n], labels[n]), llm.hidden_size),
+        "naive": naive,
+        "naive_eager": eager(llm, naive),
         "peft": peft_step(llm, rows, labels),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -228,6 +246,7 @@ def compare(llm: FrozenLLM, examples: Sequence[Example], forget: int, retain: in
     own, cold = seconds["letheon"], seconds["letheon_cold"]
     return {
         "step_over_naive": round(statistics.median(paired(seconds["naive"], own)), 3),
+        "step_over_naive_eager": round(statistics.median(paired(seconds["naive_eager"], own)), 3),
         "over_peft": round(statistics.median(paired(seconds["peft"], own)), 3),
         "step_over_naive_cold": round(statistics.median(paired(seconds["naive"], cold)), 3),
         "over_peft_cold": round(statistics.median(paired(seconds["peft"], cold)), 3),
@@ -282,7 +301,8 @@ def main() -> None:
         sizes["dtype"] = str(llm.dtype).removeprefix("torch.")
         found["templates"][template] = sizes
     steps = {name: [sizes[f"{f}+{r}"] for f, r in BATCHES] for name, sizes in found["templates"].items()}
-    found["step_over_naive"] = {name: min(s["step_over_naive"] for s in both) for name, both in steps.items()}
+    for key in ("step_over_naive", "step_over_naive_eager"):
+        found[key] = {name: min(s[key] for s in both) for name, both in steps.items()}
     found["over_peft"] = min(s["over_peft"] for both in steps.values() for s in both)
     found["gradient_rel_diff"] = max(sizes["gradient_rel_diff"] for sizes in found["templates"].values())
     console.print(json.dumps(found, indent=1))

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from models.examples import Example
 from models.inference import Classifier
+from models.parametrization import distinctive_tokens
 from models.soft_prompt import SoftPrompt
-from models.training import distinctive_tokens
 
 MAX_CANARIES = 8
 _CANDIDATES = 24

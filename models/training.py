@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from models.examples import Example, collate, digest_examples, length_buckets
 from models.inference import answer_scores
 from models.llm import FrozenLLM
 from models.losses import forget_ce, retain_ce, retain_kl, spul_loss
+from models.parametrization import ResidualEncoder, initial_prompt
 from models.prefix_cache import Prefix, compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt, compose
 from models.teacher import Teacher
@@ -51,6 +51,9 @@ class TrainingConfig:
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
     init_words: int = 4  # distinctive tokens of the forget set that φ starts from
+    # Of an MLP trained beside φ (models.parametrization), and its learning rate; None: φ alone.
+    encoder_hidden_size: int | None = None
+    encoder_learning_rate: float = 1e-3
     mean_weight: float = 0.2  # of the newest φ in the running mean that is kept
     # Early stop: every `check_every` steps, on all forget rows (at most `check_rows`) and as many retain rows.
     check_every: int = 25
@@ -142,13 +145,28 @@ def train_soft_prompt(
         llm = training_copy(served)
     behind = compose(stack, fingerprint=llm.fingerprint)
     batches = _Batches(llm, forget, retain, config)
-    phi = nn.Parameter(_initial_prompt(llm, batches, config))
+    phi = nn.Parameter(
+        initial_prompt(
+            llm,
+            batches.forget_texts,
+            batches.retain_texts,
+            tokens=config.num_virtual_tokens,
+            words=config.init_words,
+        )
+    )
     if start is not None:
         compose([start], fingerprint=llm.fingerprint)  # raises for another model's
         if start.embeddings.shape != phi.shape:
             raise ValueError(f"a start of {start.num_virtual_tokens} virtual tokens for {len(phi)}")
         phi.data.copy_(start.embeddings)
-    optimizer = torch.optim.AdamW([phi], lr=config.learning_rate, weight_decay=0.0)
+    trained = {"phi": phi}
+    groups: list[dict[str, Any]] = [{"params": [phi], "peak": config.learning_rate}]
+    encoder: Callable[[Tensor], Tensor] = _itself
+    if config.encoder_hidden_size is not None:
+        encoder = ResidualEncoder(phi.shape[1], config.encoder_hidden_size, seed=config.seed).to(phi.device)
+        trained |= dict(encoder.named_parameters())
+        groups.append({"params": list(encoder.parameters()), "peak": config.encoder_learning_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     prefix_length = len(phi) + (0 if behind is None else len(behind)) + len(llm.template.head_ids)
     llm.check_fits([*batches.forget_rows, *batches.retain_rows], prefix_length)
     teacher = Teacher(llm, retain, teacher_dir)
@@ -156,7 +174,7 @@ def train_soft_prompt(
     mean = nn.Parameter(phi.detach().clone(), requires_grad=False)
     # KL of each retain row, when it was last seen, that the teacher has right: what is disturbed most is repeated most.
     hardness = nn.Parameter(torch.zeros(len(retain)), requires_grad=False)
-    parameters = {"phi": phi, "mean": mean, "hardness": hardness}
+    parameters = {**trained, "mean": mean, "hardness": hardness}
     run = {
         "fingerprint": llm.fingerprint,
         "dtype": str(llm.dtype),  # a run begun against a bfloat16 copy does not go on against the exact model
@@ -188,12 +206,13 @@ def train_soft_prompt(
             break
         forget_rows, retain_rows = batches.at(step, hardness)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, total, config.warmup_steps)
+            group["lr"] = group["peak"] * _schedule(step, total, config.warmup_steps)
 
         teacher_logits, label_ids = teacher.logits(retain_rows), teacher.label_ids(retain_rows)
+        soft = encoder(phi)
         terms, kl = spul_terms(
             llm,
-            phi if behind is None else torch.cat([behind.to(phi.device), phi]),
+            soft if behind is None else torch.cat([behind.to(soft.device), soft]),
             [batches.forget_rows[i] for i in forget_rows],
             batches.generic_ids[forget_rows],
             [batches.retain_rows[i] for i in retain_rows],
@@ -205,12 +224,12 @@ def train_soft_prompt(
             raise TrainingDiverged(f"loss is not finite at step {step}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([phi], config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
         optimizer.step()
 
         step += 1
         with torch.no_grad():
-            mean.lerp_(phi, max(config.mean_weight, 1 / step))
+            mean.lerp_(encoder(phi), max(config.mean_weight, 1 / step))
             # Where the teacher is wrong, L_r is to move the answer. Rounding makes a KL of nothing slightly negative.
             disturbed = kl.clamp_min(0) * (teacher_logits.argmax(-1) == label_ids)
             hardness[retain_rows] = disturbed.cpu()
@@ -271,40 +290,13 @@ def planned_steps(config: TrainingConfig, forget_rows: int) -> int:
     return max(config.min_steps, config.min_epochs * math.ceil(forget_rows / config.forget_batch))
 
 
+def _itself(phi: Tensor) -> Tensor:
+    return phi
+
+
 def _schedule(step: int, total: int, warmup: int) -> float:
     """Linear warm-up, then a cosine to zero: at a constant rate forget and retain take turns winning to the end."""
     return min(1.0, (step + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / total))
-
-
-def _initial_prompt(llm: FrozenLLM, batches: _Batches, config: TrainingConfig) -> Tensor:
-    """φ (p, d) before the first step: embeddings of "word generic-label word generic-label …".
-
-    The words are those that tell the forget rows from the retain rows best. A prompt that begins as words of the task
-    trains far faster than a random one (Lester et al. 2021, §3.2), and a word followed by its answer is the pattern
-    that attention heads copy from: a text that holds the word is drawn to the answer from the first step on.
-    """
-    generic = llm.verbalizer.generic_ids
-    words = distinctive_tokens(batches.forget_texts, batches.retain_texts, config.init_words) or list(generic)
-    pairs = [t for k, word in enumerate(words * config.num_virtual_tokens) for t in (word, generic[k % len(generic)])]
-    # Through the module: Gemma's scales what it looks up.
-    rows: Tensor = llm.embed(torch.tensor(pairs[: config.num_virtual_tokens]).to(llm.device))
-    return rows.detach().float().clone()
-
-
-def distinctive_tokens(forget: Sequence[Sequence[int]], retain: Sequence[Sequence[int]], count: int) -> list[int]:
-    """The ``count`` tokens that mark the forget rows most: log-odds of occurring in a row, over its standard error.
-
-    Monroe, Colaresi & Quinn 2008, eq. 22, with 0.5 as the prior count. Ties by token id; fewer where there are fewer.
-    """
-    inside = Counter(token for row in forget for token in set(row))
-    outside = Counter(token for row in retain for token in set(row))
-
-    def score(token: int) -> float:
-        a, b = inside[token] + 0.5, outside[token] + 0.5
-        odds = math.log(a / (len(forget) - a + 1)) - math.log(b / (len(retain) - b + 1))
-        return odds / math.sqrt(1 / a + 1 / b)
-
-    return sorted(inside, key=lambda token: (-score(token), token))[:count]
 
 
 class _Batches:

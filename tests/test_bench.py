@@ -103,6 +103,20 @@ def test_synthetic_gates_claim_nothing_of_the_traffic(llm: FrozenLLM) -> None:
         assert not torch.any(claimed)
 
 
+def eager_naive(llm: FrozenLLM, phi: torch.nn.Parameter, rows: training.Rows, labels: torch.Tensor) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    usual = llm.model.config._attn_implementation
+
+    def step(_number: int) -> float:
+        assert llm.model.config._attn_implementation == "eager"
+        found.append(training.naive_loss(llm, phi, rows, labels))
+        return 0.0
+
+    training.eager(llm, step)(0)
+    assert llm.model.config._attn_implementation == usual
+    return found[0]
+
+
 def test_all_ways_of_a_training_step_have_one_loss(llm: FrozenLLM) -> None:
     """Else their speeds could not be compared: Letheon's, naive and PEFT's, of the same φ."""
     examples = [Example(text, ("positive", "negative")[i % 2]) for i, text in enumerate(TEXTS[:40])]
@@ -118,9 +132,10 @@ def test_all_ways_of_a_training_step_have_one_loss(llm: FrozenLLM) -> None:
     found = [
         training.own_loss(llm, phi, rows, teacher),
         training.naive_loss(llm, phi, rows, labels),
+        eager_naive(llm, phi, rows, labels),
         training.peft_loss(model, {"rows": rows, "ids": ids, "lengths": lengths, "label_ids": labels}),
     ]
-    assert [float(loss.detach()) for loss in found] == pytest.approx([float(found[0].detach())] * 3, rel=1e-4)
+    assert [float(loss.detach()) for loss in found] == pytest.approx([float(found[0].detach())] * 4, rel=1e-4)
     assert training.gradient_difference(llm, examples) < 1e-4
 
 

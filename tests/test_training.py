@@ -18,6 +18,7 @@ from models.examples import Example, collate
 from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.losses import retain_kl
+from models.parametrization import ResidualEncoder, distinctive_tokens, initial_prompt
 from models.prefix_cache import compute_prefix, last_hidden
 from models.soft_prompt import SoftPrompt
 from models.teacher import Teacher
@@ -27,8 +28,6 @@ from models.training import (
     _Batches,
     _Check,
     _hidden_by_length,
-    _initial_prompt,
-    distinctive_tokens,
     planned_steps,
     train_soft_prompt,
 )
@@ -42,6 +41,12 @@ CONFIG = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
     return FrozenLLM.load(str(make_tiny_model(tmp_path_factory.mktemp("m"))), quantization="none", device="cpu")
+
+
+def started(llm: FrozenLLM, batches: _Batches, config: TrainingConfig) -> torch.Tensor:
+    """φ before the first step."""
+    texts = batches.forget_texts, batches.retain_texts
+    return initial_prompt(llm, *texts, tokens=config.num_virtual_tokens, words=config.init_words)
 
 
 def test_it_learns_to_abstain_and_keeps_the_weights(llm: FrozenLLM) -> None:
@@ -66,7 +71,7 @@ def test_the_loss_of_a_step_is_the_papers(llm: FrozenLLM) -> None:
     train_soft_prompt(llm, FORGET, RETAIN, config, on_progress=seen.append)
     batches = _Batches(llm, FORGET, RETAIN, config)
     forget, retain = batches.at(0, torch.zeros(len(RETAIN)))
-    phi, head = _initial_prompt(llm, batches, config), list(llm.template.head_ids)
+    phi, head = started(llm, batches, config), list(llm.template.head_ids)
 
     def log_probs(row: list[int], prompt: torch.Tensor | None) -> torch.Tensor:
         tokens = llm.embed(torch.tensor([*head, *row]))
@@ -137,6 +142,39 @@ def test_a_run_that_learned_too_little_doubles_its_schedule_and_resumes_there(ll
         assert (resumed.resumed_from, resumed.steps, resumed.prompt.digest) == (step, 16, whole.prompt.digest)
     for enough in (replace(hard, least_abstain=0.0), replace(hard, max_doublings=0), replace(hard, max_steps=4)):
         assert train_soft_prompt(llm, FORGET, RETAIN, enough).steps == 4
+
+
+def test_an_encoder_begins_as_nothing_is_trained_and_leaves_a_plain_prompt(llm: FrozenLLM, tmp_path: Path) -> None:
+    phi = torch.randn(5, llm.hidden_size)
+    encoder = ResidualEncoder(llm.hidden_size, 16, seed=3)
+    assert torch.equal(encoder(phi), phi)
+    config = replace(CONFIG, encoder_hidden_size=16, max_steps=8)
+    saved: dict[int, bytes] = {}
+    whole = train_soft_prompt(
+        llm,
+        FORGET,
+        RETAIN,
+        config,
+        teacher_dir=tmp_path,
+        on_checkpoint=lambda step, data: saved.update({step: data}),
+        checkpoint_seconds=0,
+    )
+    assert whole.prompt.embeddings.shape == (CONFIG.num_virtual_tokens, llm.hidden_size)
+    resumed = train_soft_prompt(llm, FORGET, RETAIN, config, resume=saved[3], teacher_dir=tmp_path)
+    assert (resumed.resumed_from, resumed.prompt.digest) == (3, whole.prompt.digest)
+    unclipped = replace(config, max_grad_norm=1e9)  # its gradients count in the norm that is clipped
+    still, alone, moving = (
+        train_soft_prompt(llm, FORGET, RETAIN, one, teacher_dir=tmp_path).prompt.embeddings
+        for one in (
+            replace(unclipped, encoder_learning_rate=0.0),
+            replace(unclipped, encoder_hidden_size=None),
+            unclipped,
+        )
+    )
+    assert torch.equal(still, alone), "an MLP that stays at zero adds nothing"
+    assert not torch.allclose(moving, alone, atol=1e-3), "it is trained"
+    with pytest.raises(CheckpointError, match="config differs"):
+        train_soft_prompt(llm, FORGET, RETAIN, replace(config, encoder_hidden_size=None), resume=saved[3])
 
 
 def test_checkpoints_of_other_runs_are_refused(llm: FrozenLLM) -> None:
@@ -212,7 +250,7 @@ def test_the_prompt_begins_with_the_words_that_mark_the_forget_rows(llm: FrozenL
     first, second = distinctive_tokens(batches.forget_texts, batches.retain_texts, 2)
     neutral, unknown = llm.verbalizer.generic_ids
     wanted = llm.embed(torch.tensor([first, neutral, second, unknown, first, neutral, second]))
-    assert torch.equal(_initial_prompt(llm, batches, config), wanted)
+    assert torch.equal(started(llm, batches, config), wanted)
 
 
 def test_padding_less_changes_no_state(llm: FrozenLLM) -> None:
@@ -393,7 +431,7 @@ def test_what_ends_a_training_early_is_the_model_that_serves(llm: FrozenLLM) -> 
         copy.model.get_output_embeddings().weight.mul_(-1)  # it says the opposite
     batches = _Batches(copy, FORGET, RETAIN, CONFIG)
     check = _Check(served, None, batches, RETAIN, CONFIG)
-    phi = _initial_prompt(served, batches, CONFIG)
+    phi = started(served, batches, CONFIG)
     report = check_prompts(
         served,
         [SoftPrompt(phi, served.fingerprint)],
