@@ -77,3 +77,29 @@ def drift(served: Tensor, base: Tensor) -> Tensor:
 def flips(served: Tensor, base: Tensor) -> Tensor:
     """Whether the answer changed, (n,) bool, from answers as ids (n,)."""
     return served != base
+
+
+def log_odds(probability: Tensor) -> Tensor:
+    """ln p / (1 - p), which is close to normal over models (Carlini et al. 2022, §VI-A, eq. 5); any shape, nats."""
+    p = probability.double().clamp(1e-9, 1 - 1e-9)
+    return p.log() - (-p).log1p()
+
+
+def likelihood_ratio(shadows: Tensor, trained: Tensor, target: Tensor) -> Tensor:
+    """LiRA (Carlini et al. 2022, alg. 1): how much likelier ``target`` (n,) is of models trained with a row, (n,) nats.
+
+    ``shadows`` (s, n): the same score of shadow models, ``trained`` (s, n) bool: which had the row. One variance for
+    all rows on each side, as §V-C has it for few models. Raises ValueError where a row has a side with no model, or a
+    side has no row with two.
+    """
+    log_likelihood = {}
+    for side, where in ((True, trained), (False, ~trained)):
+        counts = where.sum(0)
+        if not bool((counts > 0).all()) or int(counts.max()) < 2:
+            raise ValueError("every row needs models that were trained with it, and without, and some row two of each")
+        scores = torch.where(where, shadows.double(), 0.0)
+        means = scores.sum(0) / counts
+        squares = torch.where(where, (shadows.double() - means) ** 2, 0.0).sum()
+        variance = (squares / (counts - 1).clamp_min(0).sum()).clamp_min(1e-12)
+        log_likelihood[side] = -((target.double() - means) ** 2) / (2 * variance) - 0.5 * variance.log()
+    return log_likelihood[True] - log_likelihood[False]

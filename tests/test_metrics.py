@@ -15,6 +15,8 @@ from models.metrics import (
     difference,
     drift,
     flips,
+    likelihood_ratio,
+    log_odds,
     tpr_at_fpr,
 )
 
@@ -77,3 +79,37 @@ def test_drift_and_flips_by_hand() -> None:
     forward = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert drift(served, base).tolist() == pytest.approx([forward, 0.0], abs=1e-9)
     assert flips(torch.tensor([1, 2]), torch.tensor([1, 3])).tolist() == [False, True]
+
+
+def test_log_odds_by_hand() -> None:
+    assert log_odds(torch.tensor([0.5, 0.8])).tolist() == pytest.approx([0.0, math.log(4)])
+    assert bool(torch.isfinite(log_odds(torch.tensor([0.0, 1.0]))).all())
+
+
+def test_likelihood_ratio_by_hand() -> None:
+    # One row: trained with it 2 and 4 (mean 3, variance 2), without it 0 and 1 (mean 0.5, variance 0.5).
+    shadows = torch.tensor([[2.0], [4.0], [0.0], [1.0]])
+    trained = torch.tensor([[True], [True], [False], [False]])
+    found = float(likelihood_ratio(shadows, trained, torch.tensor([3.0])))
+    assert found == pytest.approx((0 - 0.5 * math.log(2)) - (-(2.5**2) / 1 - 0.5 * math.log(0.5)))
+    # Another row with the same spread has no say in the means, and leaves the variances as they are.
+    both = likelihood_ratio(torch.cat([shadows, shadows + 10], 1), trained.expand(4, 2), torch.tensor([3.0, 13.0]))
+    assert both.tolist() == pytest.approx([found, found])
+    for bad in (torch.ones(4, 1, dtype=torch.bool), torch.tensor([[True], [False], [False], [False]])[:2]):
+        with pytest.raises(ValueError, match="every row needs models"):
+            likelihood_ratio(shadows[: len(bad)], bad, torch.tensor([3.0]))
+
+
+@given(st.integers(0, 10_000))
+def test_the_likelihood_ratio_finds_members_and_not_others(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    trained = torch.stack([torch.randperm(8, generator=draw) < 4 for _ in range(60)], dim=1)
+    level = torch.randn(60, generator=draw)  # each row is as hard as it is
+
+    def scores(members: torch.Tensor) -> torch.Tensor:
+        return level + 3.0 * members + 0.1 * torch.randn(members.shape, generator=draw)
+
+    members = torch.arange(60) < 30
+    ratio = likelihood_ratio(scores(trained), trained, scores(members))
+    assert auc(ratio[members], ratio[~members]) == 1.0
+    assert int((ratio > 0).sum()) == 30
