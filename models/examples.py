@@ -35,6 +35,11 @@ def read_examples(source: str, *, split: str = "train", labels: Sequence[str]) -
     A label is one of ``labels`` or an index into them; null, empty or an absent column means unlabelled.
     Raises DatasetError naming the file and row.
     """
+    return [example for example, _ in read_rows(source, split=split, labels=labels)]
+
+
+def read_rows(source: str, *, split: str = "train", labels: Sequence[str]) -> list[tuple[Example, dict[str, Any]]]:
+    """As ``read_examples``, each with the whole row that it comes from."""
     path = Path(source)
     if path.exists():
         rows: Iterable[dict[str, Any]] = _read_file(path)
@@ -42,10 +47,10 @@ def read_examples(source: str, *, split: str = "train", labels: Sequence[str]) -
         raise DatasetError(f"no such file: {source}")
     else:
         rows = _read_hub(source, split)
-    examples = [_example(row, source, number, labels) for number, row in enumerate(rows, start=1)]
-    if not examples:
+    found = [(_example(row, source, number, labels), row) for number, row in enumerate(rows, start=1)]
+    if not found:
         raise DatasetError(f"{source}: no rows")
-    return examples
+    return found
 
 
 def _read_file(path: Path) -> Iterator[dict[str, Any]]:
