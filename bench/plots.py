@@ -110,16 +110,30 @@ def frontier(found: dict[str, Any]) -> Any:
 
 
 def quality(found: dict[str, Any]) -> Any:
-    """Every method on the two test sets; then the states of forget and retain texts, before and after."""
+    """Every method on the two test sets; the states of forget and retain texts, before and after; and the size of φ.
+
+    Repetitions with another seed are left out.
+    """
+    methods = {name: sets for name, sets in found["methods"].items() if "p = " not in name and "run-" not in name}
+    sizes = {int(name.split("p = ")[1]): sets for name, sets in found["methods"].items() if "p = " in name}
+    widths = [1.6, 1, 1, 0.8] if sizes else [1.6, 1, 1]
     figure, (bars, *planes) = plt.subplots(
-        1, 3, figsize=(12, 4), layout="constrained", gridspec_kw={"width_ratios": [1.6, 1, 1]}
+        1, len(widths), figsize=(12, 4), layout="constrained", gridspec_kw={"width_ratios": widths}
     )
-    methods = found["methods"]
     places = range(len(methods))
-    for offset, name, label, colour in (
+    kinds = (
         (0.2, "test_retain", "test retain (high is good)", "#1f6feb"),
         (-0.2, "test_forget", "test forget (low is good)", "#cf222e"),
-    ):
+    )
+    if sizes:
+        panel = planes.pop()
+        sizes = dict(sorted((sizes | {30: methods["SPUL"]}).items()))
+        for _, name, _, colour in kinds:
+            panel.plot(list(sizes), [100 * sets[name]["accuracy"] for sets in sizes.values()], "o-", color=colour)
+        panel.set_title("SPUL, by virtual tokens", fontsize=9)
+        panel.set_xticks(list(sizes))
+        panel.set_ylim(-4, 104)
+    for offset, name, label, colour in kinds:
         sets = [method[name] for method in methods.values()]
         values = [100 * one["accuracy"] for one in sets]
         spread = [

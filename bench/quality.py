@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from bench.embedding import embedding
-from bench.quality_figures import figures, leaks, margins
+from bench.quality_figures import figures, leaks, margins, nth, print_table, refused, spread
 from bench.tuned import (
     LABELS,
     Tuned,
@@ -68,6 +67,7 @@ PAPER: dict[str, tuple[float, ...]] = {  # Table 1, SST-2, LLaMA-2-7B, accuracy 
 PAPER_ROWS = 10 * (1425 + 46331)  # its ten epochs of SST-2's train rows (§5.1)
 TOKENS = 30  # p, as in the paper
 SHOWN = 150  # rows of each kind in the picture
+TRAINED = (*(m.upper() for m in METHODS), "SPUL", "routed prompt")  # what another seed makes anew
 METHOD_NAMES = ("vanilla", "QLoRA", *(m.upper() for m in METHODS), "in-context", "SPUL", "routed prompt")
 GATE_ROWS = 4096
 # The service's defaults.
@@ -133,12 +133,12 @@ class Bench:
         args = self.args
         return self.prompted(FrozenLLM.load(args.base, quantization=args.quantization, template=args.template))
 
-    def by_tuning(self, method: Method) -> dict[str, RowAnswers]:
+    def by_tuning(self, method: Method, run: int = 0) -> dict[str, RowAnswers]:
         args = self.args
         exact = FrozenLLM.load(args.base, adapter=str(self.model.adapter), quantization="none", template=args.template)
         with Bar(console=self.console) as bar:
             task = bar.add_task(method, total=None)
-            config = WeightTuningConfig(method, seed=args.seed)
+            config = WeightTuningConfig(method, seed=args.seed + run)
             tuned_llm = unlearn_by_tuning(
                 exact,
                 self.forget,
@@ -164,18 +164,18 @@ class Bench:
         words = llm.embed(torch.tensor(ids, device=llm.device)).detach().float().cpu()
         return self.prompted(llm, SoftPrompt(words, llm.fingerprint))
 
-    def spul(self, tokens: int = TOKENS) -> dict[str, RowAnswers]:
-        return self.prompted(self.llm, self.soft_prompt(tokens)[0])
+    def spul(self, tokens: int = TOKENS, run: int = 0) -> dict[str, RowAnswers]:
+        return self.prompted(self.llm, self.soft_prompt(tokens, run)[0])
 
-    def soft_prompt(self, tokens: int = TOKENS) -> tuple[SoftPrompt, dict[str, Any]]:
-        config = replace(self.training, num_virtual_tokens=tokens)
-        return self.trained(f"spul-{tokens}", self.retain, config, self.model.work / "teacher")
+    def soft_prompt(self, tokens: int = TOKENS, run: int = 0) -> tuple[SoftPrompt, dict[str, Any]]:
+        config = replace(self.training, num_virtual_tokens=tokens, seed=self.args.seed + run)
+        return self.trained(f"spul-{tokens}{nth(run, '-')}", self.retain, config, self.model.work / "teacher")
 
-    def routed_prompt(self) -> tuple[SoftPrompt, dict[str, Any]]:
+    def routed_prompt(self, run: int = 0) -> tuple[SoftPrompt, dict[str, Any]]:
         # One schedule, three epochs of the forget set: the service would double it, at most twice.
-        config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, max_doublings=0, seed=self.args.seed)
+        config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, max_doublings=0, seed=self.args.seed + run)
         near = [self.retain[i] for i in self.gate_rows.nearest(self.space, self.gate.directions, NEAR_ROWS)]
-        return self.trained(f"routed-{digest_examples(near)[:12]}", near, config, None)
+        return self.trained(f"routed-{digest_examples(near)[:12]}{nth(run, '-')}", near, config, None)
 
     def trained(
         self, name: str, retain: Sequence[Example], config: TrainingConfig, teacher: Path | None
@@ -245,9 +245,9 @@ class Bench:
         base = self.kept("QLoRA", self.base)
         return {name: refused(base[name], claimed, self.llm) for name, (claimed, _) in self.claims.items()}
 
-    def behind_gate(self) -> dict[str, RowAnswers]:
+    def behind_gate(self, run: int = 0) -> dict[str, RowAnswers]:
         """Of every row, also those that the gate would not claim."""
-        return self.prompted(self.llm, self.routed_prompt()[0])
+        return self.prompted(self.llm, self.routed_prompt(run)[0])
 
     def gated(self, *, alone: bool, prompt: str = "routed prompt") -> dict[str, RowAnswers]:
         """``unknown`` where the gate claims and the prompt abstains; everything else is the base's.
@@ -293,33 +293,6 @@ class Bench:
         return {n: RowAnswers(*parts) for n, parts in torch.load(path, weights_only=True).items()}
 
 
-def refused(base: RowAnswers, where: torch.Tensor, llm: FrozenLLM) -> RowAnswers:
-    """``base``, but ``unknown`` on the rows ``where`` (n,) bool. The forced choice among labels stays what it was."""
-    generic = llm.verbalizer.generic_ids[-1]
-    unknown = torch.zeros(base.scores.shape[1])
-    unknown[-1] = 1.0
-    return RowAnswers(
-        said=torch.where(where, torch.tensor(generic), base.said),
-        scores=torch.where(where.unsqueeze(-1), unknown, base.scores),
-        among_labels=base.among_labels,
-    )
-
-
-def print_table(found: dict[str, Any], published: dict[str, tuple[float, ...]], console: Console) -> None:
-    table = Table(title="accuracy, % (95 % interval; paper, LLaMA-2-7B); answered unknown, %")
-    for column in ("", *SETS, VARIANTS):
-        table.add_column(column, justify="right")
-    for name, sets in found.items():
-        cells = []
-        for at, which in enumerate((*SETS, VARIANTS)):
-            row = sets[which]
-            low, high = row["accuracy_interval"]
-            paper = f"; {published[name][at]:.1f}" if name in published and at < len(SETS) else ""
-            cells.append(f"{100 * row['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f}{paper}) {row['abstain']:.1%}")
-        table.add_row(name, *cells)
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
@@ -327,6 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[], help="SPUL with so many virtual tokens as well (paper, Fig. 2)"
     )
+    parser.add_argument("--runs", type=int, default=1, help="train each method so often, with one seed after another")
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, help="compute and keep these; no record")
     parser.add_argument("--paper", action=argparse.BooleanOptionalAction, default=True, help="its figures for SST-2")
     args = parse(parser, Path("docs/bench/quality.json"))
@@ -342,6 +316,10 @@ def main() -> None:
         **{f"SPUL, p = {p}": partial(run.spul, p) for p in sorted({*args.tokens} - {TOKENS})},
         "routed prompt": run.behind_gate,
     }
+    for again in range(1, args.runs):
+        ways |= {f"{m.upper()}{nth(again, ' ')}": partial(run.by_tuning, m, again) for m in METHODS}
+        ways[f"SPUL{nth(again, ' ')}"] = partial(run.spul, TOKENS, again)
+        ways[f"routed prompt{nth(again, ' ')}"] = partial(run.behind_gate, again)
     by_gate: dict[str, Callable[[], dict[str, RowAnswers]]] = {  # of answers that are kept
         "gate-and-refuse": run.gate_and_refuse,
         "SPUL behind its gate": partial(run.gated, alone=True),
@@ -356,13 +334,15 @@ def main() -> None:
     if run.llm.weights_digest() != weights:
         raise SystemExit("the served model's weights changed")
     found = {name: figures(answers, run.wanted) for name, answers in rows.items()}
-    print_table(found, PAPER if args.paper else {}, console)
+    print_table(found, PAPER if args.paper else {}, (*SETS, VARIANTS), console)
     record(
         args,
         {
             "bench": "quality",
             "scale": args.scale,
             "seed": args.seed,
+            "runs": args.runs,
+            "over_runs": spread(found, TRAINED, args.runs),
             "template": args.template,
             "quantization": args.quantization,
             "retain_rows": len(run.retain),

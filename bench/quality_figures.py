@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from bench.tuned import LABELS
 from models.evaluation import RowAnswers, set_figures
 from models.examples import Example
+from models.llm import FrozenLLM
 from models.metrics import auc, bootstrap, difference, drift, flips, tpr_at_fpr
 from models.weight_tuning import METHODS
 
@@ -64,3 +67,48 @@ def margins(found: Mapping[str, Answers], wanted: Wanted, method: str) -> dict[s
             gap = difference(*right)
             out.setdefault(other, {})[name] = {"points": 100 * gap.mean, "interval": [100 * gap.low, 100 * gap.high]}
     return out
+
+
+def nth(run: int, before: str) -> str:
+    """What tells a repetition from the first run, whose names have nothing."""
+    return f"{before}run-{run + 1}" if run else ""
+
+
+def spread(found: Mapping[str, Any], trained: Sequence[str], runs: int) -> dict[str, Any]:
+    """Of each trained method, over all its runs: accuracies on the test sets, each run's, in order."""
+    return {
+        name: {
+            which: [found[f"{name}{nth(run, ' ')}"][which]["accuracy"] for run in range(runs)]
+            for which in ("test_retain", "test_forget")
+        }
+        for name in trained
+    }
+
+
+def refused(base: RowAnswers, where: torch.Tensor, llm: FrozenLLM) -> RowAnswers:
+    """``base``, but ``unknown`` on the rows ``where`` (n,) bool. The forced choice among labels stays what it was."""
+    generic = llm.verbalizer.generic_ids[-1]
+    unknown = torch.zeros(base.scores.shape[1])
+    unknown[-1] = 1.0
+    return RowAnswers(
+        said=torch.where(where, torch.tensor(generic), base.said),
+        scores=torch.where(where.unsqueeze(-1), unknown, base.scores),
+        among_labels=base.among_labels,
+    )
+
+
+def print_table(
+    found: Mapping[str, Any], published: Mapping[str, tuple[float, ...]], names: Sequence[str], console: Console
+) -> None:
+    table = Table(title="accuracy, % (95 % interval; paper, LLaMA-2-7B); answered unknown, %")
+    for column in ("", *names):
+        table.add_column(column, justify="right")
+    for name, sets in found.items():
+        cells = []
+        for at, which in enumerate(names):
+            row = sets[which]
+            low, high = row["accuracy_interval"]
+            paper = f"; {published[name][at]:.1f}" if name in published and at < len(published[name]) else ""
+            cells.append(f"{100 * row['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f}{paper}) {row['abstain']:.1%}")
+        table.add_row(name, *cells)
+    console.print(table)

@@ -1,9 +1,9 @@
 """Any labelled dataset as an unlearning task: ``python -m bench.split SOURCE --category NAME --out DIR``.
 
 SOURCE is a file (.jsonl, .csv, .tsv, also .gz, or .parquet) or a hub's dataset id. What is to be forgotten is either
-every row of one category, as the SPUL paper does with Yelp, or every row whose text matches, as it does with the names
-in SST-2 (``--matching REGEX``); all others are retained, and a fifth of either is held out. Writes the four files that ``bench.quality --data
-DIR`` reads.
+every row of one category, as the SPUL paper does with Yelp, or every row whose text matches (``--matching REGEX``), as
+it does with the names in SST-2; all others are retained, and a fifth of either is held out. Writes the four files that
+``bench.quality --data DIR`` reads.
 """
 
 from __future__ import annotations

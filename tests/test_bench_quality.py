@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
 from bench import plots, quality
+from bench.quality_figures import refused
 from models.evaluation import RowAnswers
 from models.llm import FrozenLLM
 
@@ -41,7 +42,7 @@ def test_every_method_of_the_paper_has_a_row(
     (tmp_path / "data").mkdir()
     command = ["quality", "--data", str(write_sets(tmp_path / "data")), "--base", str(base), "--scale", "smoke"]
     command += ["--work", str(tmp_path / "work"), "--retain-rows", "40", "--epochs", "1", "--quantization", "none"]
-    command += ["--out", str(tmp_path / "quality.json")]
+    command += ["--out", str(tmp_path / "quality.json"), "--runs", "2", "--tokens", "3"]
     monkeypatch.setattr(sys, "argv", command)
     quality.main()
     first = capsys.readouterr()
@@ -65,11 +66,20 @@ def test_every_method_of_the_paper_has_a_row(
     steps, rows = (found["compute"]["SPUL"][key] for key in ("steps", "rows"))
     assert (steps, rows) == (10, 160) and found["compute"]["SPUL"]["over_paper"] == rows / 477560
     assert found["compute"]["SPUL behind its gate"]["rows"] == 80
+    assert set(found["over_runs"]) == {"GA", "RL", "GA+KL", "GA+GD", "SPUL", "routed prompt"}
+    for name, accuracies in found["over_runs"].items():
+        runs = [found["methods"][which] for which in (name, f"{name} run-2")]
+        assert accuracies["test_forget"] == [run["test_forget"]["accuracy"] for run in runs]
+    for name in ("spul-30", "routed-"):
+        prompts = {file.read_bytes() for file in (tmp_path / "work").glob(f"*/quality-*/{name}*.safetensors")}
+        assert len(prompts) == 2, "another run is another seed"
     shown = [(p["model"], p["group"], p["label"]) for p in found["embedding"]]
     assert len(set(shown)) == 8 and len(shown) == 2 * 72  # 32 forget rows, and of the retain rows 40
 
     figure = plots.quality(found)
-    assert [len(axis.get_yticks()) for axis in figure.axes] == [len(found["methods"]), 0, 0]
+    once = [name for name in found["methods"] if "p = " not in name and "run-" not in name]
+    assert [len(axis.get_yticks()) for axis in figure.axes[:3]] == [len(once), 0, 0]
+    assert list(figure.axes[3].lines[0].get_xdata()) == [3, 30]
     plt.close(figure)
 
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
@@ -83,7 +93,7 @@ def test_a_refusal_is_unknown_and_leaves_the_forced_choice(base: Path) -> None:
     negative, positive = llm.verbalizer.label_ids
     scores = torch.tensor([[0.1, 0.8, 0.1], [0.7, 0.2, 0.1]])
     answers = RowAnswers(torch.tensor([positive, negative]), scores, torch.tensor([positive] * 2))
-    found = quality.refused(answers, torch.tensor([False, True]), llm)
+    found = refused(answers, torch.tensor([False, True]), llm)
     assert found.abstained.tolist() == [False, True]
     assert found.said.tolist() == [positive, llm.verbalizer.generic_ids[-1]]
     assert torch.equal(found.among_labels, answers.among_labels)
