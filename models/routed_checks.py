@@ -15,6 +15,8 @@ from models.gate_fit import GateFit
 from models.inference import Classifier
 from models.routing import Routed, Routes, classify_routed
 
+MIN_REACH = 0.5  # of other texts on the same subject, as estimated: below that the report warns
+
 
 @dataclass(frozen=True)
 class RoutedLimits:
@@ -30,8 +32,8 @@ class RoutedReport:
     """``violations`` and ``missed`` (``models.self_tuning.Missed``) are empty exactly when ``passed``.
 
     They are about what would be served. ``warnings``: the prompt alone knows fewer of its texts than asked for; where
-    the request passes all the same, its gate decides for it. Rates are fractions of rows, accuracies over labels +
-    generic.
+    the request passes all the same, its gate decides for it. Or the request is too small, or too mixed, to reach other
+    texts on its subject. Rates are fractions of rows, accuracies over labels + generic.
 
     ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
     that knows the forget texts by their digests. ``prompt_abstain``: by the prompt alone, whatever the gate says.
@@ -120,6 +122,13 @@ def check_routes(
     if prompt_abstain < checks.min_forget_abstain:
         warnings.append(
             f"the prompt's own forget abstain rate {prompt_abstain:.4f} is below {checks.min_forget_abstain}"
+        )
+    if fit.unseen_claimed is None:
+        warnings.append("too few different texts to tell how many others on their subject would be found")
+    elif fit.unseen_claimed < MIN_REACH:
+        warnings.append(
+            f"of other texts on the same subject only {fit.unseen_claimed:.0%} are likely to be found: the texts have "
+            "little in common, or are too few"
         )
     # Another training mends what this prompt turned away, not what its gate is certain of or others have used up.
     own = {i for i, r in enumerate(retained) if last in r.claims and r.answer.abstained and not r.certain}

@@ -77,8 +77,9 @@ class World:
         max_total_claims: float = 1.0,
         max_prompts: int = 4,
         max_retain_rows: int = 100,
+        unseen: float | None = 0.5,
     ) -> RoutedReport:
-        fit = GateFit(route.gate, 0.75, 0.5, 0.25)
+        fit = GateFit(route.gate, 0.75, unseen, None if unseen is None else 0.25)
         return check_routes(
             self.classifier,
             self.routes(*others),
@@ -256,6 +257,15 @@ def test_a_prompt_that_learned_nothing_is_warned_of_whatever_its_gate_decides(wo
     report = world.check(Route(world.never, gate), limits=limits)
     assert not report.passed and report.missed == ["forget"] and len(report.violations) == len(report.warnings) == 1
     assert world.check(Route(world.always, gate), limits=limits).warnings == []
+
+
+def test_a_request_that_reaches_few_other_texts_is_warned_of(world: World) -> None:
+    route = Route(world.always, world.gate(0, 1))
+    for unseen, said in ((None, "too few different texts"), (0.44, "only 44% are likely to be found"), (0.5, None)):
+        report = world.check(route, unseen=unseen)
+        assert report.passed
+        assert [warning for warning in report.warnings if said is not None and said in warning] == report.warnings
+        assert len(report.warnings) == (said is not None)
 
 
 def test_empty_sides_and_long_texts_are_refused(world: World) -> None:
