@@ -66,6 +66,7 @@ PAPER: dict[str, tuple[float, ...]] = {  # Table 1, SST-2, LLaMA-2-7B, accuracy 
 }
 PAPER_ROWS = 10 * (1425 + 46331)  # its ten epochs of SST-2's train rows (§5.1)
 TOKENS = 30  # p, as in the paper
+PARTS = (0.1, 0.25, 0.5)  # of the forget rows, when not all are known
 SHOWN = 150  # rows of each kind in the picture
 TRAINED = (*(m.upper() for m in METHODS), "SPUL", "routed prompt")  # what another seed makes anew
 METHOD_NAMES = ("vanilla", "QLoRA", *(m.upper() for m in METHODS), "in-context", "SPUL", "routed prompt")
@@ -89,6 +90,12 @@ class Scale:
 
 
 SCALES = {"smoke": Scale(40, 32, 32, 10, 2), "small": Scale(1000), "paper": Scale(20_000)}
+
+
+def claimed_by(gate: Gate, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a gate claims, and what it decides alone: (n,) bool each, of points (n, D)."""
+    scores = best_cosines(points, gate.directions)
+    return scores > gate.threshold, scores > gate.certain
 
 
 class Bench:
@@ -221,9 +228,17 @@ class Bench:
         return self.gate_rows.fit_space()
 
     @cached_property
+    def states(self) -> torch.Tensor:
+        """Of all forget rows."""
+        return text_states(self.llm, [e.text for e in self.forget])
+
+    @cached_property
     def gate(self) -> Gate:
+        return self.gate_of(self.states)
+
+    def gate_of(self, states: torch.Tensor) -> Gate:
         return fit_gate(
-            text_states(self.llm, [e.text for e in self.forget]),
+            states,
             self.gate_rows.states(self.gate_rows.calibration_rows),
             self.space,
             digests=[],
@@ -232,14 +247,38 @@ class Bench:
         ).gate
 
     @cached_property
+    def points(self) -> dict[str, torch.Tensor]:
+        """Of each set's rows."""
+        return {n: self.space.points(text_states(self.llm, [e.text for e in rows])) for n, rows in self.rows.items()}
+
+    @cached_property
     def claims(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Which rows the request's gate claims, and which it decides alone, (n,) bool each, by set."""
-        found = {}
-        for name, examples in self.rows.items():
-            points = self.space.points(text_states(self.llm, [e.text for e in examples]))
-            scores = best_cosines(points, self.gate.directions)
-            found[name] = (scores > self.gate.threshold, scores > self.gate.certain)
-        return found
+        return {name: claimed_by(self.gate, points) for name, points in self.points.items()}
+
+    def partial(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Partial identification: a request of a share of the forget rows; of the others, what its gate claims.
+
+        What is then answered ``unknown`` lies between ``certain`` and ``claimed``: the prompt decides of the rest.
+        """
+        order = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(self.args.seed))
+        out = {}
+        for share in PARTS:
+            submitted, rest = order.tensor_split([max(1, round(share * len(order)))])
+            gate = self.gate_of(self.states[submitted])
+            groups = {
+                "submitted": self.space.points(self.states[submitted]),
+                "not_submitted": self.space.points(self.states[rest]),
+                **{name: self.points[name] for name in ("test_forget", "test_retain")},
+            }
+            out[str(share)] = {
+                name: {
+                    key: float(where.double().mean())
+                    for key, where in zip(("claimed", "certain"), claimed_by(gate, points), strict=True)
+                }
+                for name, points in groups.items()
+            }
+        return out
 
     def gate_and_refuse(self) -> dict[str, RowAnswers]:
         base = self.kept("QLoRA", self.base)
@@ -355,6 +394,7 @@ def main() -> None:
                 "threshold": run.gate.threshold,
                 "certain": run.gate.certain,
             },
+            "partial_identification": run.partial(),
             "leaks": {n: leaks(a, rows["QLoRA"], run.rows, run.wanted) for n, a in rows.items()},
             "margins_over": {m: margins(rows, run.wanted, m) for m in ("SPUL", "SPUL behind its gate")},
             "embedding": run.embedding(),

@@ -63,6 +63,10 @@ def test_every_method_of_the_paper_has_a_row(
     for name in quality.SETS:
         refused = [found["methods"][which][name]["abstain"] for which in gated]
         assert refused == sorted(refused)
+    assert set(found["partial_identification"]) == {"0.1", "0.25", "0.5"}
+    for groups in found["partial_identification"].values():
+        assert set(groups) == {"submitted", "not_submitted", "test_forget", "test_retain"}
+        assert all(0 <= group["certain"] <= group["claimed"] <= 1 for group in groups.values())
     steps, rows = (found["compute"]["SPUL"][key] for key in ("steps", "rows"))
     assert (steps, rows) == (10, 160) and found["compute"]["SPUL"]["over_paper"] == rows / 477560
     assert found["compute"]["SPUL behind its gate"]["rows"] == 80
