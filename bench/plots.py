@@ -200,12 +200,96 @@ def request_sizes(found: dict[str, Any]) -> Any:
     return figure
 
 
+def attacks(found: dict[str, Any]) -> Any:
+    """What is still refused of the forget texts under each attack; and the precision matrix."""
+    matrix = found["precision"]
+    figure, panels = plt.subplots(1, 3 if matrix else 1, figsize=(11, 3.6), layout="constrained", squeeze=False)
+    bars, *cells = panels[0]
+    mean = found["mean"]
+    rows = {name: mean[name]["unknown"] for name in mean if "unknown" in mean[name]}
+    rows |= {f"variant: {rule}": share for rule, share in mean["variants"].items() if share is not None}
+    bars.barh(range(len(rows)), [100 * share for share in rows.values()], color="#1f6feb")
+    bars.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
+    bars.invert_yaxis()
+    bars.set_xlim(0, 100)
+    bars.set_xlabel("forget texts answered unknown, %")
+    bars.grid(False, axis="y")
+    for panel, key, title in zip(
+        cells, ("own_abstain", "retain_accuracy"), ("own texts answered unknown, %", "retain accuracy, %"), strict=False
+    ):
+        names = list(matrix["trained_under"])
+        values = [[100 * matrix["trained_under"][a][b][key] for b in names if b != "bare"] for a in names]
+        panel.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                panel.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > 55 else "black")
+        panel.set_xticks(range(len(names) - 1), [n for n in names if n != "bare"])
+        panel.set_yticks(range(len(names)), ["no prompt" if n == "bare" else n for n in names])
+        panel.set_xlabel("answered under")
+        panel.set_ylabel("trained under")
+        panel.set_title(title, fontsize=9)
+        panel.grid(False)
+    return figure
+
+
+def oracle(found: dict[str, Any]) -> Any:
+    """Accuracy and refusals of the target, before and after, beside a model that never saw the texts; and LiRA."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    groups = ("members", "not_members", "held_out")
+    colours = {"bare": "#8c959f", "prompt": "#8250df", "served": "#1f6feb", "oracle": "#d29922"}
+    for at, (who, colour) in enumerate(colours.items()):
+        places = [place + 0.2 * at for place in range(len(groups))]
+        sets = [found["gap"][who][group] for group in groups]
+        left.bar(places, [100 * one["accuracy"] for one in sets], 0.18, color=colour, label=who)
+        left.bar(
+            places,
+            [100 * one["abstain"] for one in sets],
+            0.18,
+            bottom=[100 * one["accuracy"] for one in sets],
+            color=colour,
+            alpha=0.3,
+        )
+        right.bar(at, found["membership"][who]["lira_auc"], 0.6, color=colour)
+    left.set_xticks([place + 0.3 for place in range(len(groups))], [group.replace("_", " ") for group in groups])
+    left.set_ylabel("right, and (pale) answered unknown, %")
+    right.axhline(0.5, color="black", linewidth=0.8)
+    right.set_xticks(range(4), list(colours))
+    right.set_ylim(0, 1)
+    right.set_ylabel("LiRA, area under the curve")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def starts(found: dict[str, Any]) -> Any:
+    """Steps of every training, by what it began as."""
+    figure, panel = plt.subplots(figsize=(7, 3), layout="constrained")
+    names = list(found["by_start"])
+    for size, colour, offset in ((8, "#1f6feb", -0.1), (32, "#d29922", 0.1)):
+        rows = [row for row in found["trainings"] if row["texts"] == size]
+        panel.plot(
+            [names.index(row["start"]) + offset for row in rows],
+            [row["steps"] for row in rows],
+            "o",
+            color=colour,
+            alpha=0.7,
+            label=f"{size} texts",
+        )
+    panel.set_xticks(range(len(names)), names)
+    panel.set_ylabel("steps until it passes")
+    panel.set_ylim(0)
+    panel.legend(frameon=False)
+    return figure
+
+
 PICTURES = {
     "sequence": sequence,
     "frontier": frontier,
     "quality": quality,
     "training": training,
     "request_sizes": request_sizes,
+    "attacks": attacks,
+    "oracle": oracle,
+    "starts": starts,
 }
 
 if __name__ == "__main__":

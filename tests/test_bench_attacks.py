@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
-from bench import attacks, sequence
+from bench import attacks, plots, sequence
 from models.evaluation import RowAnswers
 from models.examples import Example
 from models.inference import Classification
@@ -73,6 +74,10 @@ def test_every_attack_has_figures_and_what_was_trained_is_kept(
     assert all(set(row) == set(bare) for row in found["precision"]["trained_under"].values())
     assert found["precision"]["held_out_rows"] == 30
 
+    for drawn, panels in ((found, 3), (found | {"precision": None}, 1)):
+        figure = plots.attacks(drawn)
+        assert len(figure.axes) == panels
+        plt.close(figure)
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
     assert len([file for file in kept if file.parts[-3] == "attacks" and file.suffix == ".safetensors"]) == 3
     monkeypatch.setattr(attacks, "PRECISIONS", {"none": "none", "bf16": "none"})

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from bench_kit import write_sets
+from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
-from bench import frontier, oracle, starts
+from bench import frontier, oracle, plots, starts
 from models.evaluation import RowAnswers
 
 
@@ -65,6 +66,9 @@ def test_models_with_and_without_the_texts(
     assert all(group["differs"] == 0 == group["drift_nats"] for group in found["gap"]["oracle"].values())
     assert all(0 <= value <= 1 for leaks in found["membership"].values() for value in leaks.values())
 
+    figure = plots.oracle(found)
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [x["lira_auc"] for x in found["membership"].values()]
+    plt.close(figure)
     monkeypatch.setattr(oracle, "finetune", None)
     monkeypatch.setattr(oracle, "train_soft_prompt", None)
     oracle.main()
@@ -95,6 +99,9 @@ def test_every_start_is_tried_on_the_same_requests(
     for start, figures in found["by_start"].items():
         rows = [row for row in found["trainings"] if row["start"] == start]
         assert (figures["trainings"], figures["steps_worst"]) == (4, max(row["steps"] for row in rows))
+    figure = plots.starts(found | {"trainings": [{**row, "texts": 8} for row in found["trainings"]]})
+    assert sorted(figure.axes[0].lines[0].get_ydata()) == sorted(row["steps"] for row in found["trainings"])
+    plt.close(figure)
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
     starts.main()
     assert json.loads(capsys.readouterr().out) == found
