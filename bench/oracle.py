@@ -13,7 +13,8 @@ request, a gate and a prompt, as in mode ``routed``. Two questions:
   the pool, texts on the same people that the target never saw. Of the ``bare`` target; as ``served`` with the scope
   ``scores``; behind the ``prompt`` alone; and of the ``oracle``, which cannot leak. Beside it LOSS (Yeom et al. 2018):
   the score itself, read in the better direction. ``streisand``: whether ``unknown`` tells members from the rest.
-  The attacker knows data, recipe and base, and not the request: a shadow model is not asked to forget.
+  The attacker knows data, recipe and base, and not the request: a shadow model is not asked to forget. With fewer
+  than 100 texts on the other side, a rate of 1 % allows no false positive.
 
 Models and answers are kept under ``var/``. ``--json`` prints the recorded result.
 """
@@ -37,6 +38,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from torch import Tensor
 
+from bench.overlaps import members_of, overlapping
 from bench.tuned import FINETUNE, LABELS, SETS, add_arguments, digest_of, kept_prompt, parse, record, write
 from models.evaluation import RowAnswers, label_ids, row_answers
 from models.examples import Example, digest_examples, read_examples
@@ -72,7 +74,8 @@ class Bench:
         self.rows = {"pool": pool, "held_out": draw.sample(sets["test_retain"], args.held_out)}
         self.config = FinetuneConfig(base=args.base, output="", template=args.template, epochs=args.epochs, **FINETUNE)
         rows = [digest_examples(found) for found in (pool, retain, self.rows["held_out"])]
-        settings = [asdict(self.config), asdict(ROUTED_TRAINING), args.quantization, args.shadows, args.seed]
+        settings = [asdict(self.config), asdict(ROUTED_TRAINING), GATE_ROWS, FALSE_CLAIMS, CERTAIN_CLAIMS]
+        settings += [args.quantization, args.shadows, args.seed, args.retain]
         self.work = args.work / f"oracle-{digest_of(*settings, rows)}"
 
     def model(self, name: str, rows: Sequence[Example], seed: int) -> FrozenLLM:
@@ -146,14 +149,19 @@ class Bench:
 
 
 def biggest(data: Path, rows: Sequence[Example], count: int) -> list[Example]:
-    """``count`` different texts on the people with most of them. Raises SystemExit where there are too few."""
+    """``count`` texts on the people with most of them, none a part of another: a member would give its parts away.
+
+    Raises SystemExit where there are too few.
+    """
     with gzip.open(data / "train_forget.jsonl.gz", "rt", encoding="utf-8") as lines:
         names = [json.loads(line)["entity"] for line in lines]
     order = [name for name, _ in Counter(names).most_common()]
-    by_person = sorted(zip(names, rows, strict=True), key=lambda pair: order.index(pair[0]))
-    found = list({row.text: row for _, row in by_person}.values())[:count]
+    by_person = [row for _, row in sorted(zip(names, rows, strict=True), key=lambda pair: order.index(pair[0]))]
+    groups = overlapping([row.text for row in by_person])
+    longest = {group: max(rows_of, key=lambda i: len(by_person[i].text)) for group, rows_of in members_of(groups)}
+    found = [by_person[i] for i in sorted(longest.values())][:count]
     if len(found) < count:
-        raise SystemExit(f"--pool {count}: only {len(found)} different forget texts")
+        raise SystemExit(f"--pool {count}: only {len(found)} forget texts that are no parts of each other")
     return found
 
 
@@ -166,8 +174,9 @@ def served(llm: FrozenLLM, routes: Routes, rows: Sequence[Example], bare: RowAns
         )
     ]
     scores = torch.tensor([[a.probabilities[name] for name in (*LABELS, ABSTAIN)] for a in answers])
-    words = torch.tensor([*llm.verbalizer.label_ids, llm.verbalizer.generic_ids[-1]])
-    return RowAnswers(words[scores.argmax(-1)], scores, bare.among_labels)
+    refused = torch.tensor([a.abstained for a in answers])
+    said = torch.where(refused, torch.tensor(llm.verbalizer.generic_ids[-1]), bare.said)
+    return RowAnswers(said, scores, bare.among_labels)
 
 
 def keep(path: Path, answers: dict[str, RowAnswers]) -> None:
@@ -191,16 +200,21 @@ def membership(ratio: Tensor, score: Tensor, members: int) -> dict[str, float]:
 
 
 def gap(answers: dict[str, RowAnswers], oracle: dict[str, RowAnswers], wanted: dict[str, Tensor]) -> dict[str, Any]:
-    """By group: accuracy, `unknown`, how often the answer is another than the oracle's, and KL(oracle ‖ it) in nats."""
+    """By group: accuracy, `unknown`, how often the answer is another than the oracle's, and KL(oracle ‖ it) in nats.
+
+    The drift is over rows that are answered, None where none is: a refusal shows no probabilities but 0 and 1.
+    """
     out = {}
     for name, found in answers.items():
         right = bootstrap(found.said == wanted[name])
+        answered = ~found.abstained
+        moved = drift(found.scores, oracle[name].scores)[answered]
         out[name] = {
             "accuracy": right.mean,
             "accuracy_interval": [right.low, right.high],
             "abstain": float(found.abstained.double().mean()),
             "differs": float(flips(found.scores.argmax(-1), oracle[name].scores.argmax(-1)).double().mean()),
-            "drift_nats": float(drift(found.scores, oracle[name].scores).mean()),
+            "drift_nats": float(moved.mean()) if len(moved) else None,
         }
     return out
 
