@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,19 +20,59 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from models.examples import collate
 from models.llm import FrozenLLM
+from models.prefix_cache import compute_prefix, last_hidden
 
 MAX_SCORES = 4_000_000
 """Of one layer, kept for the backward pass, three times over; where there would be more, a fused kernel keeps none."""
+TOLERANCE = 0.05  # of a state, by its norm: bfloat16 is within one or two percent
 _SDPA_OR_PACKED = "letheon_sdpa_or_packed"
+_packable: WeakKeyDictionary[FrozenLLM, bool] = WeakKeyDictionary()
 
 
 def fits(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> bool:
-    """Whether packing is exact: one mask serves all layers only where no window cuts a row, and no score is capped."""
-    config = llm.model.config
-    window = getattr(config, "sliding_window", None)
+    """Whether packing is exact: a model that can be packed, and no row, with the prefix, longer than a window.
+
+    One mask serves all layers.
+    """
+    window = getattr(llm.model.config, "sliding_window", None)
     longest = len(soft) + len(llm.template.head_ids) + max(len(row) for row in rows)
-    return config._attn_implementation in ("sdpa", _SDPA_OR_PACKED) and (window is None or longest <= window)
+    return (window is None or longest <= window) and packable(llm)
+
+
+def packable(llm: FrozenLLM) -> bool:
+    """Whether this model's layers keep packed rows apart; tried once, on three short ones.
+
+    Not where scores are capped or have sinks, where a layer is no attention (a state runs from row to row), where a
+    model does not hand its arguments down to its layers, or where it has attention of its own.
+    """
+    if llm not in _packable:
+        usual = llm.model.config._attn_implementation in ("sdpa", _SDPA_OR_PACKED)
+        _packable[llm] = usual and _keeps_rows_apart(llm)
+    return _packable[llm]
+
+
+@torch.no_grad()
+def _keeps_rows_apart(llm: FrozenLLM) -> bool:
+    """A row's state is the same to the last bit, whatever the row before it says, and what it is behind a prefix."""
+    tail = [*llm.template.tail_ids, llm.verbalizer.label_ids[0]]
+    first, second, other = [tail[0], *tail], [tail[-1], tail[-1]], [tail[-1], *tail]
+    soft = llm.embed(torch.tensor(llm.verbalizer.label_ids[:2], device=llm.device)).float()
+    usual = llm.model.config._attn_implementation
+    try:
+        states = packed_last_hidden(llm, soft, [first, second])
+        again = packed_last_hidden(llm, soft, [other, second])
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        llm.model.config._attn_implementation = usual
+        return False
+    prefix = compute_prefix(llm, soft)
+    plain = torch.cat([last_hidden(llm, collate([row], llm.device), prefix) for row in (first, second)])
+    apart = torch.equal(states[1], again[1]) and not torch.equal(states[0], again[0])
+    if not apart or float((states - plain).norm() / plain.norm()) > TOLERANCE:
+        llm.model.config._attn_implementation = usual
+        return False
+    return True
 
 
 def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -107,6 +148,8 @@ def _attention(
     if packed is None:
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("scores are capped, biased or have sinks")
     shared, heads, dim = packed.shared, query.shape[1], query.shape[-1]
     scaling = kwargs.get("scaling") or dim**-0.5
     ahead = [x[:, :, :shared] for x in (query, key, value)]

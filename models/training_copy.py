@@ -8,6 +8,7 @@ always the quantized model itself.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -43,7 +44,8 @@ def training_copy(llm: FrozenLLM) -> FrozenLLM:
 
 @torch.no_grad()
 def _copy(llm: FrozenLLM) -> FrozenLLM:
-    model = AutoModelForCausalLM.from_config(llm.model.config, dtype=torch.bfloat16)
+    # Of a copy, since a model writes into its configuration.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(llm.model.config), dtype=torch.bfloat16)
     sources = dict(llm.model.named_modules())
     for name, module in model.named_modules():
         source = sources[name]

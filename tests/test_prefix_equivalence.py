@@ -5,6 +5,8 @@ Every model family.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import FAMILIES, make_tiny_model
@@ -63,13 +65,17 @@ def test_logits_and_gradient_equal_plain_concatenation(llm: FrozenLLM) -> None:
     assert float((soft.grad - plain_soft.grad).norm() / plain_soft.grad.norm()) < 1e-4
 
 
+def _capped(llm: FrozenLLM) -> bool:
+    return bool(getattr(llm.model.config, "attn_logit_softcapping", None))
+
+
 @pytest.mark.parametrize("max_scores", [packing.MAX_SCORES, 0], ids=["products", "fused"])
 def test_packed_rows_equal_plain_concatenation(
     llm: FrozenLLM, max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MAX_SCORES", max_scores)
     rows = llm.rows(TEXTS)
-    if getattr(llm.model.config, "attn_logit_softcapping", None):
+    if _capped(llm):
         assert not packing.fits(llm, _soft(llm), rows), "scores are capped, which packing does not do"
         return
     if getattr(llm.model.config, "sliding_window", None) is not None:
@@ -87,6 +93,40 @@ def test_packed_rows_equal_plain_concatenation(
     assert float((soft.grad - plain_soft.grad).norm() / plain_soft.grad.norm()) < 1e-4
     alone = packing.packed_last_hidden(llm, _soft(llm), rows[1:2])
     torch.testing.assert_close(llm.logits(alone)[0], packed[1].detach(), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["keeps arguments from its layers", "mixes rows", "scales what it attends to"])
+def test_a_model_that_packing_would_change_is_not_packed(kind: str, tmp_path: Path) -> None:
+    family = "stablelm" if "arguments" in kind else "llama"
+    llm = FrozenLLM.load(str(make_tiny_model(tmp_path, family)), quantization="none", device="cpu")
+    layer = llm.decoder.layers[1]
+    if kind == "mixes rows":  # as a convolution or a recurrent state does
+        layer.register_forward_hook(lambda _module, _inputs, hidden: hidden + hidden.mean(1, keepdim=True))
+    if "scales" in kind:
+        layer.self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * out[0].shape[1], *out[1:]))
+    rows = llm.rows(TEXTS)
+    before = last_hidden(llm, collate(rows), compute_prefix(llm, _soft(llm)))
+    assert not packing.fits(llm, _soft(llm), rows)
+    assert llm.model.config._attn_implementation == "sdpa", "what was tried is undone"
+    assert torch.equal(last_hidden(llm, collate(rows), compute_prefix(llm, _soft(llm))), before)
+
+
+def test_packing_a_step_leaves_what_is_served_as_it_was_to_the_last_bit(llm: FrozenLLM) -> None:
+    """Once packed, a model goes on with another attention function: it must be the same one for everything else."""
+    rows = llm.rows(TEXTS)
+
+    def served() -> Tensor:
+        with torch.no_grad():
+            return last_hidden(llm, collate(rows), compute_prefix(llm, _soft(llm)))
+
+    config = llm.model.config
+    usual, config._attn_implementation = config._attn_implementation, "eager" if _capped(llm) else "sdpa"
+    before = served()
+    if packing.packable(llm):
+        packing.packed_last_hidden(llm, _soft(llm), rows)
+        assert config._attn_implementation != "sdpa"
+    assert torch.equal(served(), before)
+    config._attn_implementation = usual
 
 
 def test_gradient_reaches_every_virtual_token(llm: FrozenLLM) -> None:

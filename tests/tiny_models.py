@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
@@ -71,6 +72,8 @@ def tiny_config(family: str, vocab_size: int) -> PreTrainedConfig:
             return Gemma2Config(**common, head_dim=8, sliding_window=24)
         case "gemma3":
             return Gemma3TextConfig(**common, head_dim=8, sliding_window=24)
+        case "stablelm":
+            return StableLmConfig(**common)
         case "gpt2":
             return GPT2Config(
                 vocab_size=vocab_size, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=1
