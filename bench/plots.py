@@ -127,7 +127,7 @@ def quality(found: dict[str, Any]) -> Any:
     )
     if sizes:
         panel = planes.pop()
-        sizes = dict(sorted((sizes | {30: methods["SPUL"]}).items()))
+        sizes = dict(sorted((sizes | {found["tokens"]: methods["SPUL"]}).items()))
         for _, name, _, colour in kinds:
             panel.plot(list(sizes), [100 * sets[name]["accuracy"] for sets in sizes.values()], "o-", color=colour)
         panel.set_title("SPUL, by virtual tokens", fontsize=9)

@@ -28,7 +28,18 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from bench.embedding import embedding
-from bench.quality_figures import figures, leaks, margins, nth, print_table, refused, spread
+from bench.quality_figures import (
+    claimed_by,
+    figures,
+    leaks,
+    margins,
+    markdown,
+    nth,
+    partial_identification,
+    print_table,
+    refused,
+    spread,
+)
 from bench.tuned import (
     LABELS,
     Tuned,
@@ -43,7 +54,7 @@ from bench.tuned import (
 )
 from models.evaluation import RowAnswers, label_ids, row_answers
 from models.examples import Example, digest_examples
-from models.gate import Gate, GateSpace, best_cosines
+from models.gate import Gate, GateSpace
 from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.llm import FrozenLLM
@@ -66,7 +77,6 @@ PAPER: dict[str, tuple[float, ...]] = {  # Table 1, SST-2, LLaMA-2-7B, accuracy 
 }
 PAPER_ROWS = 10 * (1425 + 46331)  # its ten epochs of SST-2's train rows (§5.1)
 TOKENS = 30  # p, as in the paper
-PARTS = (0.1, 0.25, 0.5)  # of the forget rows, when not all are known
 SHOWN = 150  # rows of each kind in the picture
 TRAINED = (*(m.upper() for m in METHODS), "SPUL", "routed prompt")  # what another seed makes anew
 METHOD_NAMES = ("vanilla", "QLoRA", *(m.upper() for m in METHODS), "in-context", "SPUL", "routed prompt")
@@ -92,12 +102,6 @@ class Scale:
 SCALES = {"smoke": Scale(40, 32, 32, 10, 2), "small": Scale(1000), "paper": Scale(20_000)}
 
 
-def claimed_by(gate: Gate, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a gate claims, and what it decides alone: (n,) bool each, of points (n, D)."""
-    scores = best_cosines(points, gate.directions)
-    return scores > gate.threshold, scores > gate.certain
-
-
 class Bench:
     """The model, the four sets, and each way to unlearn: a name, and answers to rows of one set."""
 
@@ -113,6 +117,9 @@ class Bench:
             target_abstain=2.0,
             check_every=50,
         )
+        # Near the gate, as the service trains; one schedule, three epochs of the forget set, where the service would
+        # double it up to twice.
+        self.near_training = replace(ROUTED_TRAINING, max_steps=self.scale.steps, max_doublings=0, seed=args.seed)
         self.forget = model.sets["train_forget"][: self.scale.forget]
         self.retain = model.retain[: self.scale.retain]
         draw = random.Random(1)
@@ -125,7 +132,7 @@ class Bench:
         self.wanted = {n: label_ids(self.llm, rows) for n, rows in self.rows.items()}
         # Everything that an answer depends on: a row of another model or other settings must not pass for this one's.
         settings = [asdict(self.scale), asdict(self.training), GATE_ROWS, FALSE_CLAIMS, CERTAIN_CLAIMS]
-        settings += [asdict(ROUTED_TRAINING), NEAR_ROWS]
+        settings += [asdict(self.near_training), NEAR_ROWS]
         settings += [asdict(WeightTuningConfig(m, seed=args.seed)) for m in METHODS]
         rows = [digest_examples(found) for found in (self.forget, self.retain, *self.rows.values())]
         self.work = model.work / f"quality-{digest_of(self.llm.fingerprint, settings, rows)}"
@@ -179,8 +186,7 @@ class Bench:
         return self.trained(f"spul-{tokens}{nth(run, '-')}", self.retain, config, self.model.work / "teacher")
 
     def routed_prompt(self, run: int = 0) -> tuple[SoftPrompt, dict[str, Any]]:
-        # One schedule, three epochs of the forget set: the service would double it, at most twice.
-        config = replace(ROUTED_TRAINING, max_steps=self.scale.steps, max_doublings=0, seed=self.args.seed + run)
+        config = replace(self.near_training, seed=self.args.seed + run)
         near = [self.retain[i] for i in self.gate_rows.nearest(self.space, self.gate.directions, NEAR_ROWS)]
         return self.trained(f"routed-{digest_examples(near)[:12]}{nth(run, '-')}", near, config, None)
 
@@ -257,28 +263,10 @@ class Bench:
         return {name: claimed_by(self.gate, points) for name, points in self.points.items()}
 
     def partial(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Partial identification: a request of a share of the forget rows; of the others, what its gate claims.
-
-        What is then answered ``unknown`` lies between ``certain`` and ``claimed``: the prompt decides of the rest.
-        """
-        order = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(self.args.seed))
-        out = {}
-        for share in PARTS:
-            submitted, rest = order.tensor_split([max(1, round(share * len(order)))])
-            gate = self.gate_of(self.states[submitted])
-            groups = {
-                "submitted": self.space.points(self.states[submitted]),
-                "not_submitted": self.space.points(self.states[rest]),
-                **{name: self.points[name] for name in ("test_forget", "test_retain")},
-            }
-            out[str(share)] = {
-                name: {
-                    key: float(where.double().mean())
-                    for key, where in zip(("claimed", "certain"), claimed_by(gate, points), strict=True)
-                }
-                for name, points in groups.items()
-            }
-        return out
+        """See ``partial_identification``."""
+        measured = {name: self.points[name] for name in ("test_forget", "test_retain")}
+        texts = [e.text for e in self.forget]
+        return partial_identification(texts, self.states, self.gate_of, self.space.points, measured, self.args.seed)
 
     def gate_and_refuse(self) -> dict[str, RowAnswers]:
         base = self.kept("QLoRA", self.base)
@@ -295,7 +283,8 @@ class Bench:
         answers, by the name of a row.
         """
         base = self.kept("QLoRA", self.base)
-        prompted = self.kept(prompt, self.spul if prompt == "SPUL" else self.behind_gate)
+        ways: dict[str, Callable[[], dict[str, RowAnswers]]] = {"SPUL": self.spul, "routed prompt": self.behind_gate}
+        prompted = self.kept(prompt, ways[prompt])
         return {
             name: refused(base[name], certain & alone | claimed & prompted[name].abstained, self.llm)
             for name, (claimed, certain) in self.claims.items()
@@ -373,7 +362,9 @@ def main() -> None:
     if run.llm.weights_digest() != weights:
         raise SystemExit("the served model's weights changed")
     found = {name: figures(answers, run.wanted) for name, answers in rows.items()}
-    print_table(found, PAPER if args.paper else {}, (*SETS, VARIANTS), console)
+    published = PAPER if args.paper else {}
+    write(args.out.with_suffix(".md"), markdown(found, published, (*SETS, VARIANTS)).encode())
+    print_table(found, published, (*SETS, VARIANTS), console)
     record(
         args,
         {
@@ -381,6 +372,7 @@ def main() -> None:
             "scale": args.scale,
             "seed": args.seed,
             "runs": args.runs,
+            "tokens": TOKENS,
             "over_runs": spread(found, TRAINED, args.runs),
             "template": args.template,
             "quantization": args.quantization,

@@ -1,9 +1,9 @@
-"""Any labelled dataset as an unlearning task: ``python -m bench.split SOURCE --category NAME --out DIR``.
+"""A dataset of sentiment as an unlearning task: ``python -m bench.split SOURCE --category NAME --out DIR``.
 
 SOURCE is a file (.jsonl, .csv, .tsv, also .gz, or .parquet) or a hub's dataset id. What is to be forgotten is either
 every row of one category, as the SPUL paper does with Yelp, or every row whose text matches (``--matching REGEX``), as
 it does with the names in SST-2; all others are retained, and a fifth of either is held out. Writes the four files that
-``bench.quality --data DIR`` reads.
+``bench.quality --data DIR`` reads. Labels are negative and positive, or 0 and 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def split(rows: Sequence[tuple[Example, bool]], *, max_words: int | None, seed: 
     for side, wanted in (("forget", True), ("retain", False)):
         found = [row for row, forget in kept if forget == wanted]
         random.Random(seed).shuffle(found)
-        held_out = round(HELD_OUT * len(found))
+        held_out = max(1, round(HELD_OUT * len(found)))
         out[f"test_{side}"], out[f"train_{side}"] = found[:held_out], found[held_out:]
     return out
 
@@ -61,12 +61,15 @@ def main() -> None:
     if pattern is not None:
         marked = [(example, pattern.search(example.text) is not None) for example, _ in rows]
     else:
-        marked = [(example, row.get(args.field) == args.category) for example, row in rows]
+        marked = [(example, str(row.get(args.field)) == args.category) for example, row in rows]
     if not any(forget for _, forget in marked):
         names = sorted({str(row.get(args.field)) for _, row in rows})
         known = "" if pattern is not None else f"; of {args.field} there are {', '.join(names[:30])}"
         raise SystemExit(f"{args.source}: no row to forget{known}")
-    for name, found in split(marked, max_words=args.max_words, seed=args.seed).items():
+    files = split(marked, max_words=args.max_words, seed=args.seed)
+    if not all(files.values()):
+        raise SystemExit(f"{args.source}: too few rows, { ({name: len(found) for name, found in files.items()}) }")
+    for name, found in files.items():
         lines_out = "".join(json.dumps({"text": r.text, "label": r.label}) + "\n" for r in found)
         write(args.out / f"{name}.jsonl.gz", gzip.compress(lines_out.encode(), mtime=0))
         print(f"{args.out / name}.jsonl.gz: {len(found)} rows")

@@ -32,7 +32,7 @@ from rich.table import Table
 from bench.frontier import GATE_ROWS, people
 from bench.tuned import Tuned, add_arguments, digest_of, parse, record, slug, tuned, write
 from models.evaluation import row_answers
-from models.examples import Example
+from models.examples import Example, digest_examples
 from models.gate import GateSpace
 from models.gate_rows import GateRows
 from models.soft_prompt import SoftPrompt
@@ -53,8 +53,10 @@ class Bench:
         self.model, self.llm = model, model.llm
         self.people = people(args.data, model, args.seed)
         self.rows = GateRows(self.llm, model.retain, GATE_ROWS, model.work / "gate")
-        self.work = model.work / f"starts-{digest_of(asdict(CONFIG), ENCODER, args.seed, self.llm.fingerprint)}"
         self.held_out = random.Random(args.seed).sample(self.people[0].held_out, HELD_OUT)
+        rows = [digest_examples(found) for found in (*(p.texts for p in self.people), self.held_out)]
+        settings = [asdict(CONFIG), ENCODER, FALSE_CLAIMS, SIZES, args.seed, self.llm.fingerprint]
+        self.work = model.work / f"starts-{digest_of(settings, rows)}"
         self.space: GateSpace = self.rows.fit_space()
 
     def generic(self) -> SoftPrompt:
@@ -135,6 +137,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int 
             "converged": sum(row["converged"] for row in rows),
             "steps_median": statistics.median(row["steps"] for row in rows),
             "steps_worst": max(row["steps"] for row in rows),
+            "forgotten_median": statistics.median(row["forgotten"] or row["steps"] for row in rows),
             **{key: round(statistics.fmean(row[key] for row in rows), 4) for key in ("unseen", "false")},
         }
     return out

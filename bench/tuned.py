@@ -90,7 +90,12 @@ def kept_prompt(path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult])
     if not facts.exists():
         result = train()
         write(data, result.prompt.to_bytes())
-        found = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped": result.stopped}
+        found = {
+            "steps": result.steps,
+            "seconds": round(result.seconds, 1),  # of the last stretch, where it was resumed
+            "resumed_from": result.resumed_from,
+            "stopped": result.stopped,
+        }
         write(facts, json.dumps(found).encode())
     return SoftPrompt.from_bytes(data.read_bytes(), fingerprint=llm.fingerprint), json.loads(facts.read_text())
 

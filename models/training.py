@@ -1,8 +1,8 @@
 """train_soft_prompt: SPUL in one visible loop (arXiv 2406.12038 §4; losses in ``models.losses``).
 
 What is exact and fast: soft prompt and template head run once per step and every row attends to their keys and values;
-the teacher's states come from a cache; the head scores the label position only; a small step is one packed sequence,
-and in a larger one shorter and longer rows run apart.
+the teacher's states come from a cache; the head scores the label position only; a step is one packed sequence, and
+where a model cannot be packed shorter and longer rows run apart.
 """
 
 from __future__ import annotations

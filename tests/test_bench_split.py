@@ -67,9 +67,15 @@ def test_the_files_are_what_the_benches_read(tmp_path: Path, monkeypatch: pytest
         (("--category", "D"), "of category there are A, B, C"),
         (("--matching", "nowhere"), "no row to forget"),
         (("--matching", "("), "--matching: "),
+        (("--matching", "word 17$"), "too few rows"),
+        (("--matching", "."), "too few rows"),
     ):
         with pytest.raises(SystemExit, match=said):
             run(*options, "--out", str(tmp_path / "none"))
+    numbered = "".join(json.dumps({**row, "category": i % 3}) + "\n" for i, row in enumerate(ROWS))
+    file.write_bytes(gzip.compress(numbered.encode()))
+    run("--category", "0", "--out", str(tmp_path / "numbered"))
+    assert len(read_examples(str(tmp_path / "numbered" / "train_forget.jsonl.gz"), labels=split.LABELS)) == 16
     file.write_bytes(gzip.compress(b'{"text": "x", "label": "odd"}'))
     with pytest.raises(SystemExit, match="row 1: label is none of"):
         run("--category", "A", "--out", str(tmp_path / "none"))
