@@ -58,10 +58,12 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     except re.error as error:
         raise SystemExit(f"--matching: {error}") from None
+    if any(example.label is None for example, _ in rows):
+        raise SystemExit(f"{args.source}: every row needs a label")
     if pattern is not None:
         marked = [(example, pattern.search(example.text) is not None) for example, _ in rows]
     else:
-        marked = [(example, str(row.get(args.field)) == args.category) for example, row in rows]
+        marked = [(example, args.field in row and str(row[args.field]) == args.category) for example, row in rows]
     if not any(forget for _, forget in marked):
         names = sorted({str(row.get(args.field)) for _, row in rows})
         known = "" if pattern is not None else f"; of {args.field} there are {', '.join(names[:30])}"

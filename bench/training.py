@@ -11,7 +11,8 @@ The same step (same rows, same weights, same loss, AdamW on φ) in these ways, t
   port that knew so would lose less.
 - PEFT: ``PromptEncoder`` trained by ``transformers.Trainer``, the same loss in ``compute_loss``.
 
-Figures are medians of ratios within a round. Then the gradient of φ, Letheon's against naive, in float32. From the
+Figures are medians of ratios within a round. Then the gradient of φ, Letheon's against naive, in float32; and the error
+of both on the bfloat16 copy that trains, against the model that serves. From the
 recorded ``bench.quality``, where there is one: ``compute_to_quality``, the rows that a prompt has seen that passes the
 checks, over the paper's ten epochs (the least of them; None where none passes). ``--json`` prints the recorded result
 and computes nothing.
@@ -256,8 +257,8 @@ def compare(llm: FrozenLLM, examples: Sequence[Example], forget: int, retain: in
     }
 
 
-def gradient_difference(llm: FrozenLLM, examples: Sequence[Example]) -> float:
-    """‖∇own - ∇naive‖ / ‖∇naive‖ of φ on one step of 8 + 8 rows."""
+def gradients(llm: FrozenLLM, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Of φ on one step of 8 + 8 rows, (p, d) each: Letheon's and naive."""
     rows = pick(llm, examples, 8, 8, 0)
     teacher = Teacher(llm, examples)
     start = 0.02 * torch.randn(TOKENS, llm.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -267,7 +268,11 @@ def gradient_difference(llm: FrozenLLM, examples: Sequence[Example]) -> float:
     own, naive = (phi.grad for phi in phis)
     assert own is not None
     assert naive is not None
-    return float((own - naive).norm() / naive.norm())
+    return own, naive
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def compute_to_quality(recorded: Path) -> float | None:
@@ -297,7 +302,11 @@ def main() -> None:
             sizes[f"{forget}+{retain}"] = compare(llm, examples, forget, retain, args.rounds)
             console.print(template, f"{forget}+{retain}", sizes[f"{forget}+{retain}"])
         exact = FrozenLLM.load(**{**arguments, "quantization": "none"})
-        sizes["gradient_rel_diff"] = gradient_difference(exact, examples)
+        sizes["gradient_rel_diff"] = relative(*gradients(exact, examples))
+        # What bfloat16 costs, each way, against the model that serves.
+        truth = gradients(served, examples)[1]
+        rounded = dict(zip(("letheon", "naive"), gradients(llm, examples), strict=True))
+        sizes["gradient_error_of_training_copy"] = {way: relative(found, truth) for way, found in rounded.items()}
         sizes["dtype"] = str(llm.dtype).removeprefix("torch.")
         found["templates"][template] = sizes
     steps = {name: [sizes[f"{f}+{r}"] for f, r in BATCHES] for name, sizes in found["templates"].items()}

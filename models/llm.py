@@ -116,7 +116,8 @@ class FrozenLLM:
 
     @property
     def max_positions(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        config = self.model.config.get_text_config()  # a multimodal model keeps it below
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
     def text_room(self, prompt_tokens: int = 0) -> int:
         """Tokens that a text may have behind ``prompt_tokens`` virtual tokens and the template."""

@@ -90,8 +90,12 @@ def likelihood_ratio(shadows: Tensor, trained: Tensor, target: Tensor) -> Tensor
 
     ``shadows`` (s, n): the same score of shadow models, ``trained`` (s, n) bool: which had the row. One variance for
     all rows on each side, as §V-C has it for few models. Raises ValueError where a row has a side with no model, or a
-    side has no row with two.
+    side has no row with two, and for shapes that do not fit or scores that are not finite.
     """
+    if not shadows.shape == trained.shape == (len(shadows), len(target)):
+        raise ValueError(f"shapes do not fit: {tuple(shadows.shape)}, {tuple(trained.shape)}, {tuple(target.shape)}")
+    if not bool(torch.isfinite(shadows).all() and torch.isfinite(target).all()):
+        raise ValueError("scores are not finite")
     log_likelihood = {}
     for side, where in ((True, trained), (False, ~trained)):
         counts = where.sum(0)

@@ -36,7 +36,7 @@ def fits(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> bool:
 
     One mask serves all layers.
     """
-    window = getattr(llm.model.config, "sliding_window", None)
+    window = getattr(llm.model.config.get_text_config(), "sliding_window", None)
     longest = len(soft) + len(llm.template.head_ids) + max(len(row) for row in rows)
     return (window is None or longest <= window) and packable(llm)
 
@@ -47,9 +47,10 @@ def packable(llm: FrozenLLM) -> bool:
     Not where scores are capped or have sinks, where a layer is no attention (a state runs from row to row), where a
     model does not hand its arguments down to its layers, or where it has attention of its own.
     """
+    if llm.model.config._attn_implementation not in ("sdpa", _SDPA_OR_PACKED):
+        return False
     if llm not in _packable:
-        usual = llm.model.config._attn_implementation in ("sdpa", _SDPA_OR_PACKED)
-        _packable[llm] = usual and _keeps_rows_apart(llm)
+        _packable[llm] = _keeps_rows_apart(llm)
     return _packable[llm]
 
 

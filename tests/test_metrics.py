@@ -100,6 +100,14 @@ def test_likelihood_ratio_by_hand() -> None:
             likelihood_ratio(shadows[: len(bad)], bad, torch.tensor([3.0]))
 
 
+def test_scores_that_say_nothing_are_refused() -> None:
+    shadows, trained = torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]])
+    with pytest.raises(ValueError, match="not finite"):
+        likelihood_ratio(shadows, trained, torch.tensor([math.nan]))
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        likelihood_ratio(shadows, trained, torch.tensor([1.0, 2.0]))
+
+
 @given(st.integers(0, 10_000))
 def test_the_likelihood_ratio_finds_members_and_not_others(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_tiny_model
 from torch import Tensor
+from transformers import MistralConfig
 
 from models import packing
 from models.errors import ModelError, TextTooLong
@@ -109,6 +110,16 @@ def test_a_model_that_packing_would_change_is_not_packed(kind: str, tmp_path: Pa
     assert not packing.fits(llm, _soft(llm), rows)
     assert llm.model.config._attn_implementation == "sdpa", "what was tried is undone"
     assert torch.equal(last_hidden(llm, collate(rows), compute_prefix(llm, _soft(llm))), before)
+
+
+def test_a_window_that_a_multimodal_model_keeps_below_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = FrozenLLM.load(str(make_tiny_model(tmp_path)), quantization="none", device="cpu")
+    rows = llm.rows(TEXTS)
+    assert packing.fits(llm, _soft(llm), rows)
+    below = MistralConfig(sliding_window=24, max_position_embeddings=99)
+    monkeypatch.setattr(type(llm.model.config), "get_text_config", lambda *_args, **_kwargs: below)
+    assert not packing.fits(llm, _soft(llm), rows)
+    assert llm.max_positions == 99
 
 
 def test_packing_a_step_leaves_what_is_served_as_it_was_to_the_last_bit(llm: FrozenLLM) -> None:
