@@ -264,20 +264,11 @@ def starts(found: dict[str, Any]) -> Any:
     """Steps of every training, by what it began as."""
     figure, panel = plt.subplots(figsize=(7, 3), layout="constrained")
     names = list(found["by_start"])
-    for size, colour, offset in ((8, "#1f6feb", -0.1), (32, "#d29922", 0.1)):
-        rows = [row for row in found["trainings"] if row["texts"] == size]
-        panel.plot(
-            [names.index(row["start"]) + offset for row in rows],
-            [row["steps"] for row in rows],
-            "o",
-            color=colour,
-            alpha=0.7,
-            label=f"{size} texts",
-        )
+    rows = found["trainings"]
+    panel.plot([names.index(row["start"]) for row in rows], [row["steps"] for row in rows], "o", alpha=0.6)
     panel.set_xticks(range(len(names)), names)
-    panel.set_ylabel("steps until it passes")
+    panel.set_ylabel("steps until it passes, or to the end")
     panel.set_ylim(0)
-    panel.legend(frameon=False)
     return figure
 
 

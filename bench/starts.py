@@ -1,6 +1,6 @@
 """What brings a prompt to its target soonest: ``python -m bench.starts --data DIR [--json]``.
 
-Requests of 8 and 32 texts on people of SST-2, trained as the worker does in mode ``routed`` (the same rows near the
+Requests of eight texts on people of SST-2, trained as the worker does in mode ``routed`` (the same rows near the
 gate, 60 steps, doubled at most twice) but checked every ten steps, from five starts:
 
 - ``words``: words of the forget set, each followed by a generic label; the service's way (decision 8).
@@ -39,7 +39,7 @@ from models.soft_prompt import SoftPrompt
 from models.surroundings import ROUTED_TRAINING, look_around
 from models.training import Progress, train_soft_prompt
 
-SIZES = (8, 32)
+SIZES = (8,)
 STARTS = ("words", "vocabulary", "generic", "earlier", "words, MLP")
 CONFIG = replace(ROUTED_TRAINING, check_every=10)
 ENCODER = 128  # hidden size of the MLP

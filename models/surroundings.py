@@ -23,6 +23,8 @@ ROUTED_TRAINING = TrainingConfig(
     alpha=0.3, forget_batch=4, retain_batch=4, min_steps=60, check_every=30, check_rows=32, max_doublings=2
 )
 """Defaults of mode ``routed``; the reasons are in docs/decisions/0009."""
+MIXED_EPOCHS = 6
+"""Of the forget texts, at least, where they are on several subjects; docs/decisions/0009."""
 NEAR_ROWS = 256
 
 
@@ -31,7 +33,7 @@ class Surroundings:
     """``forget`` (n) with its ``states`` (n, D), the retain rows to train on, and states (N, D) to calibrate with.
 
     ``check``: the rows of the checks, with ``check_states`` (N, D). ``own_recall``: of the forget texts, what a gate
-    can reach at all.
+    can reach at all, and ``subjects``: the directions that it takes.
     """
 
     forget: Sequence[Example]
@@ -42,6 +44,7 @@ class Surroundings:
     check_states: Tensor
     space: GateSpace
     own_recall: float
+    subjects: int
 
 
 def look_around(
@@ -60,4 +63,5 @@ def look_around(
         check_states=rows.states(rows.check_rows),
         space=space,
         own_recall=alone.own_recall,
+        subjects=len(alone.gate.directions),
     )

@@ -33,6 +33,7 @@ from models.inference import Classification
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
+from models.training import planned_steps
 from worker.context import Context
 from worker.job import Job
 from worker.knobs import training_config
@@ -200,6 +201,9 @@ def test_the_deadline_ends_the_training_and_the_checks_decide(context: Context) 
 
 def test_the_options_of_a_request_override_the_settings(context: Context) -> None:
     assert training_config(changed(context, precision="exact").settings, {}).precision == "exact"
+    unset = changed(context, mode=Mode.ROUTED, max_steps=None).settings
+    assert [planned_steps(training_config(unset, {}, subjects=n), 128) for n in (1, 5)] == [96, 192]
+    assert training_config(context.settings, {"max_steps": 3}, subjects=5).max_steps == 3
     config = training_config(context.settings, {"max_steps": 3, "alpha": 0.1, "seed": None, "unknown": 1})
     assert (config.max_steps, config.alpha, config.seed, config.num_virtual_tokens) == (3, 0.1, 0, 4)
     request_id = submit(context, num_virtual_tokens=7, max_steps=2)

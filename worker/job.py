@@ -101,7 +101,8 @@ class Job:
         retain = self.retain_set(forget)
         around = self.look_around(forget, retain) if self.alone else None
         near = retain if around is None else around.near
-        first = training_config(self.settings, request.options)
+        subjects = 1 if around is None else around.subjects
+        first = training_config(self.settings, request.options, subjects=subjects)
         seconds = float(request.options.get("training_deadline_seconds", self.settings.training_deadline_seconds))
         self.deadline = time.monotonic() + seconds
         # Also those of attempts before this one: what was tried is not tried again.
