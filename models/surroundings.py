@@ -23,7 +23,7 @@ ROUTED_TRAINING = TrainingConfig(
     alpha=0.3, forget_batch=4, retain_batch=4, min_steps=60, check_every=30, check_rows=32, max_doublings=2
 )
 """Defaults of mode ``routed``; the reasons are in docs/decisions/0009."""
-MIXED_EPOCHS = 6
+MIXED_EPOCHS = 12
 """Of the forget texts, at least, where they are on several subjects; docs/decisions/0009."""
 NEAR_ROWS = 256
 

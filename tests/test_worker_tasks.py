@@ -202,7 +202,7 @@ def test_the_deadline_ends_the_training_and_the_checks_decide(context: Context) 
 def test_the_options_of_a_request_override_the_settings(context: Context) -> None:
     assert training_config(changed(context, precision="exact").settings, {}).precision == "exact"
     unset = changed(context, mode=Mode.ROUTED, max_steps=None).settings
-    assert [planned_steps(training_config(unset, {}, subjects=n), 128) for n in (1, 5)] == [96, 192]
+    assert [planned_steps(training_config(unset, {}, subjects=n), 128) for n in (1, 5)] == [96, 384]
     assert training_config(context.settings, {"max_steps": 3}, subjects=5).max_steps == 3
     config = training_config(context.settings, {"max_steps": 3, "alpha": 0.1, "seed": None, "unknown": 1})
     assert (config.max_steps, config.alpha, config.seed, config.num_virtual_tokens) == (3, 0.1, 0, 4)
