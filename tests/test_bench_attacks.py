@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_kit import write_sets
 from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
@@ -34,26 +34,21 @@ def llm(base: Path) -> FrozenLLM:
     return FrozenLLM.load(str(base), quantization="none", device="cpu")
 
 
-def write_sets(folder: Path) -> Path:
-    folder.mkdir()
-    for at, name in enumerate(("train_forget", "train_retain", "test_forget", "test_retain")):
-        rows = (60, 20)["forget" in name]
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
-            for i in range(rows):
-                person = PEOPLE[i % 2] if "forget" in name else ""
-                text = " ".join([person, *(WORDS[(i * 7 + at + j * (i + 3)) % len(WORDS)] for j in range(2 + i % 7))])
-                row = {"text": f"{text.strip()} {i}", "label": ("positive", "negative")[i // 2 % 2], "entity": person}
-                lines.write(json.dumps(row) + "\n")
-    return folder
-
-
 def test_every_attack_has_figures_and_what_was_trained_is_kept(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = replace(attacks.ROUTED_TRAINING, max_steps=6, check_every=6)
     for module in (attacks, sequence):
         monkeypatch.setattr(module, "ROUTED_TRAINING", quick)
-    command = ["attacks", "--data", str(write_sets(tmp_path / "data")), "--base", str(base), "--epochs", "1"]
+    command = [
+        "attacks",
+        "--data",
+        str(write_sets(tmp_path / "data", dict.fromkeys(PEOPLE, 10), unseen=10)),
+        "--base",
+        str(base),
+        "--epochs",
+        "1",
+    ]
     command += ["--work", str(tmp_path / "work"), "--retain-rows", "40", "--measure-rows", "30", "--people", "2"]
     command += ["--quantization", "none", "--out", str(tmp_path / "attacks.json")]
     monkeypatch.setattr(sys, "argv", command)

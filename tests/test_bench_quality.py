@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_kit import write_sets
 from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
@@ -26,21 +26,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def write_sets(folder: Path) -> Path:
-    for at, name in enumerate(("train_forget", "train_retain", "test_forget", "test_retain")):
-        lead = "the director " if "forget" in name else ""
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
-            for i in range(60):
-                text = lead + " ".join(WORDS[(i * 7 + at + j * (i + 3)) % len(WORDS)] for j in range(2 + i % 7))
-                lines.write(json.dumps({"text": text, "label": ("positive", "negative")[i % 2]}) + "\n")
-    return folder
-
-
 def test_every_method_of_the_paper_has_a_row(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "data").mkdir()
-    command = ["quality", "--data", str(write_sets(tmp_path / "data")), "--base", str(base), "--scale", "smoke"]
+    data = write_sets(tmp_path / "data", {"the director": 60}, unseen=60)
+    command = ["quality", "--data", str(data), "--base", str(base), "--scale", "smoke"]
     command += ["--work", str(tmp_path / "work"), "--retain-rows", "40", "--epochs", "1", "--quantization", "none"]
     command += ["--out", str(tmp_path / "quality.json"), "--runs", "2", "--tokens", "3"]
     monkeypatch.setattr(sys, "argv", command)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_kit import write_sets
 from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
@@ -19,27 +19,12 @@ WORDS = ["the", "film", "is", "good", "bad", "movie", "great", "awful", "acting"
 PEOPLE = {"zaq": 40, "wub": 12, "kij": 3}
 
 
-def write_sets(folder: Path) -> Path:
-    folder.mkdir()
-    number = 0
-    for name in ("train_forget", "train_retain", "test_forget", "test_retain"):
-        counts = PEOPLE if "forget" in name else {"": 90}
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
-            for person, count in counts.items():
-                for i in range(count if name != "test_forget" else 6):
-                    number += 1
-                    text = " ".join([person, *(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(2 + i % 7))])
-                    label = ("positive", "negative")[i % 2]
-                    lines.write(json.dumps({"text": f"{text} {number}", "label": label, "entity": person}) + "\n")
-    return folder
-
-
 def test_requests_have_their_number_of_texts_and_the_people_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_sizes, "SIZES", (1, 12, 50))
     monkeypatch.setattr(request_sizes, "SUBJECTS", {1: 3, 12: 2, 50: 1})
-    data = write_sets(tmp_path / "data")
+    data = write_sets(tmp_path / "data", PEOPLE, unseen=6, retain=90)
     found = request_sizes.requests(data, seed=0)
     assert [len(request.texts) for request in found] == [1, 1, 1, 12, 12, 50]
     assert {request.people[0] for request in found[:3]} == set(PEOPLE), "no person twice"
@@ -85,7 +70,13 @@ def test_requests_are_met_by_the_workers_own_job_and_kept(
     }.items():
         monkeypatch.setenv(f"LETHEON_{name}", value)
     get_settings.cache_clear()
-    command = ["request_sizes", "--data", str(write_sets(tmp_path / "data")), "--quantization", "none"]
+    command = [
+        "request_sizes",
+        "--data",
+        str(write_sets(tmp_path / "data", PEOPLE, unseen=6, retain=90)),
+        "--quantization",
+        "none",
+    ]
     command += ["--base", str(make_tiny_model(tmp_path / "model", "llama")), "--work", str(tmp_path / "work")]
     command += ["--retain-rows", "80", "--epochs", "1", "--out", str(tmp_path / "request_sizes.json")]
     monkeypatch.setattr(sys, "argv", command)
