@@ -164,7 +164,7 @@ def training(found: dict[str, Any]) -> Any:
         (template, size, sizes[size])
         for template, sizes in found["templates"].items()
         for size in sizes
-        if isinstance(sizes[size], dict)
+        if "+" in size
     ]
     ways = ("letheon", "letheon_cold", "naive_eager", "naive", "peft")
     for at, way in enumerate(ways):
