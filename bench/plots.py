@@ -243,7 +243,7 @@ def oracle(found: dict[str, Any]) -> Any:
         left.bar(places, [100 * one["accuracy"] for one in sets], 0.18, color=colour, label=who)
         left.bar(
             places,
-            [100 * one["abstain"] for one in sets],
+            [100 * min(one["abstain"], 1 - one["accuracy"]) for one in sets],
             0.18,
             bottom=[100 * one["accuracy"] for one in sets],
             color=colour,
