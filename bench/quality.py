@@ -90,6 +90,8 @@ class Scale:
     """Rows to measure of each set, forget rows of the request, retain rows to tune with, steps of SPUL.
 
     ``shown``: forget texts with a flipped label, and as many retain texts, that in-context unlearning demonstrates.
+    ``paper`` measures every row; its fine-tuning on all retain rows is asked for with ``--retain-rows`` and
+    ``--epochs``. The base is a LoRA, on a CPU on the unquantized model, quantized afterwards as it serves.
     """
 
     measured: int
