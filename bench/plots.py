@@ -161,10 +161,7 @@ def training(found: dict[str, Any]) -> Any:
     """Rows per second of one training step."""
     figure, panel = plt.subplots(figsize=(7, 3.2), layout="constrained")
     cases = [
-        (template, size, sizes[size])
-        for template, sizes in found["templates"].items()
-        for size in sizes
-        if "+" in size
+        (template, size, sizes[size]) for template, sizes in found["templates"].items() for size in sizes if "+" in size
     ]
     ways = ("letheon", "letheon_cold", "naive_eager", "naive", "peft")
     for at, way in enumerate(ways):

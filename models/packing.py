@@ -9,6 +9,7 @@ fifth of the time of torch's fused kernel with its backward pass, whose block is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from models.examples import collate
 from models.llm import FrozenLLM
 from models.prefix_cache import compute_prefix, last_hidden
 
+log = logging.getLogger(__name__)
 MAX_SCORES = 4_000_000
 """Of one layer, kept for the backward pass, three times over; where there would be more, a fused kernel keeps none."""
 TOLERANCE = 0.05  # of a state, by its norm: bfloat16 is within one or two percent
@@ -51,6 +53,8 @@ def packable(llm: FrozenLLM) -> bool:
         return False
     if llm not in _packable:
         _packable[llm] = _keeps_rows_apart(llm)
+        if not _packable[llm]:
+            log.info("%s: training steps are not packed, and slower", type(llm.model).__name__)
     return _packable[llm]
 
 
