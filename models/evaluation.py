@@ -13,7 +13,7 @@ from torch import Tensor
 from models.canaries import lost
 from models.errors import DatasetError
 from models.examples import Example
-from models.inference import Classification, Classifier, answer_scores
+from models.inference import BATCH, Classification, Classifier, answer_scores
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 
@@ -226,7 +226,7 @@ class RowAnswers:
 
 @torch.no_grad()
 def row_answers(
-    llm: FrozenLLM, prompts: Sequence[SoftPrompt], texts: Sequence[str], *, batch_size: int = 32
+    llm: FrozenLLM, prompts: Sequence[SoftPrompt], texts: Sequence[str], *, batch_size: int = BATCH
 ) -> RowAnswers:
     """What the model answers behind ``prompts``, on the CPU. Raises TextTooLong, FingerprintMismatch."""
     hidden = Classifier(llm).hidden(texts, prompts, batch_size=batch_size)
@@ -259,7 +259,7 @@ def set_figures(answers: RowAnswers, wanted: Tensor) -> SetFigures:
 
 
 def measure(
-    llm: FrozenLLM, prompts: Sequence[SoftPrompt], examples: Sequence[Example], *, batch_size: int = 32
+    llm: FrozenLLM, prompts: Sequence[SoftPrompt], examples: Sequence[Example], *, batch_size: int = BATCH
 ) -> SetFigures:
     """``set_figures`` of a labelled set. Raises DatasetError, TextTooLong, FingerprintMismatch."""
     wanted = label_ids(llm, examples)

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.errors import DatasetError
 
 TEXT_FIELDS = ("text", "sentence", "review", "content")
 LABEL_FIELDS = ("label", "sentiment", "label_text")
+MAX_FIELD_CHARS = 131_072  # of a CSV file
 
 
 @dataclass(frozen=True, repr=False)  # no repr: a text must not reach a traceback or a log by accident
@@ -58,14 +60,20 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
     compressed = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if compressed else suffixes)[-1:]
     if kind == [".parquet"]:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        yield from pq.read_table(path).to_pylist()
+        try:
+            yield from pq.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(f"{path}: cannot be read as Parquet ({type(error).__name__})") from None
         return
     try:
         raw = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
         text = raw.decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # a folder, no permission, half a gzip file
+        raise DatasetError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: not UTF-8 text ({type(error).__name__})") from None
     if kind == [".jsonl"]:
         for number, line in enumerate(text.split("\n"), start=1):
@@ -78,7 +86,13 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
                     raise DatasetError(f"{path}, line {number}: not a JSON object")
                 yield row
     elif kind in ([".csv"], [".tsv"]):
-        yield from csv.DictReader(io.StringIO(text), delimiter="," if kind == [".csv"] else "\t")
+        csv.field_size_limit(MAX_FIELD_CHARS)  # one for the process, and app/bulk_rows.py wants another
+        try:
+            yield from csv.DictReader(io.StringIO(text), delimiter="," if kind == [".csv"] else "\t")
+        except csv.Error:  # its text may quote the row
+            raise DatasetError(
+                f"{path}: not {kind[0][1:].upper()}, or a field of more than {MAX_FIELD_CHARS:,} characters"
+            ) from None
     else:
         raise DatasetError(f"{path}: unknown format; use .jsonl, .csv, .tsv (also .gz) or .parquet")
 
@@ -128,6 +142,10 @@ class Batch:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def padded(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """States (B, n, d) of these rows, with their lengths (B,)."""
+        return [(states, self.lengths)]
 
 
 def collate(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.examples import collate, length_buckets
 from models.llm import FrozenLLM
-from models.prefix_cache import Prefix, compute_prefix, last_hidden
+from models.packing import fits
+from models.passes import by_length, run_rows
+from models.prefix_cache import Prefix, compute_prefix
 from models.soft_prompt import SoftPrompt, compose
 from models.template import ABSTAIN
-from models.text_states import gate_layers, recording
+from models.text_states import gate_layers
 
+BATCH = 64
+"""Rows of a pass: on CPU more gain a few percent (docs/LOG.md), and the first answer waits for the last row."""
 _PREFIX_BYTES = 256 * 2**20  # keys and values kept warm, beyond the one in use
 
 
@@ -43,6 +46,17 @@ class Classification:
         return self.probabilities[self.label]
 
 
+@dataclass(frozen=True, repr=False)  # no repr: a text must not reach a traceback or a log by accident
+class Encoded:
+    """A text as the model reads it: its ``row`` (``FrozenLLM.rows``), and its keyed ``digest`` for the guard of gates.
+
+    Made outside the model's thread, which has better things to do.
+    """
+
+    row: Sequence[int]
+    digest: bytes | None
+
+
 class Classifier:
     """Scores label words for texts behind a set of prompts. Not thread-safe: one model thread owns it."""
 
@@ -50,6 +64,7 @@ class Classifier:
         self.llm = llm
         # Content-addressed: ordered prompt digests of this one model.
         self._prefixes: OrderedDict[tuple[str, ...], Prefix | None] = OrderedDict()
+        self._tokens = self._padding = 0
 
     def prefix(self, prompts: Sequence[SoftPrompt]) -> Prefix | None:
         """The prefix of these prompts, computed once. Raises FingerprintMismatch."""
@@ -69,40 +84,58 @@ class Classifier:
             del self._prefixes[key]
 
     @torch.no_grad()
-    def hidden(self, texts: Sequence[str], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = 32) -> Tensor:
+    def hidden(
+        self, texts: Sequence[str | Encoded], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = BATCH
+    ) -> Tensor:
         """Last hidden states (N, d) in the order of ``texts``. Raises FingerprintMismatch, TextTooLong."""
         prefix = self.prefix(prompts)
-        rows = self.llm.rows(texts)
-        self.llm.check_fits(rows, prefix.length if prefix is not None else 0)
+        rows = self._rows(texts, prefix)
         out = torch.empty(len(rows), self.llm.hidden_size, dtype=self.llm.dtype, device=self.llm.device)
-        for picked in length_buckets([len(r) for r in rows], batch_size):
-            out[picked] = last_hidden(self.llm, collate([rows[i] for i in picked], self.llm.device), prefix)
+        for picked in by_length(rows, batch_size):
+            out[picked], _ = self._run([rows[i] for i in picked], prefix)
         return out
 
     @torch.no_grad()
     def classify(
-        self, texts: Sequence[str], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = 32
+        self, texts: Sequence[str | Encoded], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = BATCH
     ) -> list[Classification]:
         """One Classification per text. Raises FingerprintMismatch, TextTooLong; no prompt is ever left out."""
         return self.answers(answer_scores(self.llm, self.hidden(texts, prompts, batch_size=batch_size)))
 
     @torch.no_grad()
-    def base_pass(self, texts: Sequence[str], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    def base_pass(self, texts: Sequence[str | Encoded], *, batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
         """Without a prompt: last hidden states (N, d), and what gates read of the same pass, (N, L·d) on the CPU.
 
         Raises TextTooLong.
         """
         prefix, layers = self.prefix(()), gate_layers(self.llm)
-        rows = self.llm.rows(texts)
-        self.llm.check_fits(rows, prefix.length if prefix is not None else 0)
+        rows = self._rows(texts, prefix)
         hidden = torch.empty(len(rows), self.llm.hidden_size, dtype=self.llm.dtype, device=self.llm.device)
         states = torch.empty(len(rows), len(layers) * self.llm.hidden_size)
-        for picked in length_buckets([len(r) for r in rows], batch_size):
-            batch = collate([rows[i] for i in picked], self.llm.device)
-            with recording(self.llm, batch, layers) as means:
-                hidden[picked] = last_hidden(self.llm, batch, prefix)
+        for picked in by_length(rows, batch_size):
+            hidden[picked], means = self._run([rows[i] for i in picked], prefix, layers)
             states[picked] = torch.cat(means, dim=-1).cpu()
         return hidden, states
+
+    def take_counts(self) -> tuple[int, int]:
+        """Tokens of rows since the last time, and those beside them that only padded a pass."""
+        counts, self._tokens, self._padding = (self._tokens, self._padding), 0, 0
+        return counts
+
+    def _run(
+        self, rows: list[Sequence[int]], prefix: Prefix | None, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        tokens, packed = sum(len(row) for row in rows), fits(self.llm, prefix.length if prefix is not None else 0, rows)
+        self._tokens += tokens
+        self._padding += 0 if packed else len(rows) * max(len(row) for row in rows) - tokens
+        return run_rows(self.llm, rows, prefix, layers)
+
+    def _rows(self, texts: Sequence[str | Encoded], prefix: Prefix | None) -> list[Sequence[int]]:
+        """Raises TextTooLong."""
+        words = iter(self.llm.rows([text for text in texts if isinstance(text, str)]))
+        rows = [next(words) if isinstance(text, str) else text.row for text in texts]
+        self.llm.check_fits(rows, prefix.length if prefix is not None else 0)
+        return rows
 
     def answers(self, scores: Tensor) -> list[Classification]:
         """``answer_scores`` (N, L+1) as answers."""

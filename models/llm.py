@@ -103,6 +103,10 @@ class FrozenLLM:
         """Tokens of the text, template excluded: what ``max_text_tokens`` limits."""
         return len(self.encode(text))
 
+    def text_tokens(self, row: Sequence[int]) -> int:
+        """The same of a row."""
+        return len(row) - len(self.template.tail_ids)
+
     def row(self, text: str) -> list[int]:
         """Ids of text + tail: what follows the shared prefix (soft prompts + head)."""
         return [*self.encode(text), *self.template.tail_ids]

@@ -1,10 +1,9 @@
-"""A training step as one sequence: [soft prompt, template head] once, then every row, each blind to the others.
+"""Rows as one flat sequence, each blind to the others: a training step with its prefix in front, or rows to serve.
 
-Everything but attention is per token, so it runs on one flat sequence: one pass over the weights forward and one
-backward, and no padding. Attention runs apart: the prefix on itself, then all rows as one padded batch behind the
-prefix's keys and values, in plain matrix products with the query heads of a group side by side. On CPU those take a
-fifth of the time of torch's fused kernel with its backward pass, whose block is the whole of such a short row
-(docs/LOG.md has the figures).
+Everything but attention is per token, so it runs on one flat sequence: one pass over the weights, and no padding.
+Attention runs apart: the prefix on itself, then the rows in padded batches behind the prefix's keys and values, in
+plain matrix products with the query heads of a group side by side. On CPU those take a third (with the backward pass a
+fifth) of the time of torch's fused kernel, whose block is the whole of such a short row (docs/LOG.md has the figures).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,23 +22,25 @@ from transformers.masking_utils import sdpa_mask
 
 from models.examples import collate
 from models.llm import FrozenLLM
-from models.prefix_cache import compute_prefix, last_hidden
+from models.prefix_cache import Prefix, compute_prefix, last_hidden
 
 log = logging.getLogger(__name__)
 MAX_SCORES = 4_000_000
 """Of one layer, kept for the backward pass, three times over; where there would be more, a fused kernel keeps none."""
 TOLERANCE = 0.05  # of a state, by its norm: bfloat16 is within one or two percent
+CHUNK_SCORES = 500_000
+"""Of one layer at a time where there is no backward pass: what stays in a core's cache."""
 _SDPA_OR_PACKED = "letheon_sdpa_or_packed"
 _packable: WeakKeyDictionary[FrozenLLM, bool] = WeakKeyDictionary()
 
 
-def fits(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> bool:
-    """Whether packing is exact: a model that can be packed, and no row, with the prefix, longer than a window.
+def fits(llm: FrozenLLM, ahead: int, rows: Sequence[Sequence[int]]) -> bool:
+    """Whether packing is exact: a model that can be packed, and no row behind ``ahead`` positions past a window.
 
     One mask serves all layers.
     """
     window = getattr(llm.model.config.get_text_config(), "sliding_window", None)
-    longest = len(soft) + len(llm.template.head_ids) + max(len(row) for row in rows)
+    longest = ahead + max(len(row) for row in rows)
     return (window is None or longest <= window) and packable(llm)
 
 
@@ -58,6 +59,10 @@ def packable(llm: FrozenLLM) -> bool:
     return _packable[llm]
 
 
+class _NotPackable(Exception):
+    """What the attention of a packed step does not do."""
+
+
 @torch.no_grad()
 def _keeps_rows_apart(llm: FrozenLLM) -> bool:
     """A row's state is the same to the last bit, whatever the row before it says, and what it is behind a prefix."""
@@ -65,16 +70,23 @@ def _keeps_rows_apart(llm: FrozenLLM) -> bool:
     first, second, other = [tail[0], *tail], [tail[-1], tail[-1]], [tail[-1], *tail]
     soft = llm.embed(torch.tensor(llm.verbalizer.label_ids[:2], device=llm.device)).float()
     usual = llm.model.config._attn_implementation
+    prefix = compute_prefix(llm, soft)
+    assert prefix is not None
     try:
         states = packed_last_hidden(llm, soft, [first, second])
         again = packed_last_hidden(llm, soft, [other, second])
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        layout = Layout.of(llm, 0, [len(first), len(second)], prefix=prefix, max_scores=0)
+        behind = packed_behind(llm, layout, [first, second])
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
+    except (_NotPackable, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        # Shapes and arguments that this model's layers do not take; trying is how one knows.
+        log.info("%s: %s", type(llm.model).__name__, error)
         llm.model.config._attn_implementation = usual
         return False
-    prefix = compute_prefix(llm, soft)
     plain = torch.cat([last_hidden(llm, collate([row], llm.device), prefix) for row in (first, second)])
     apart = torch.equal(states[1], again[1]) and not torch.equal(states[0], again[0])
-    if not apart or float((states - plain).norm() / plain.norm()) > TOLERANCE:
+    if not apart or max(float((s - plain).norm() / plain.norm()) for s in (states, behind)) > TOLERANCE:
         llm.model.config._attn_implementation = usual
         return False
     return True
@@ -85,15 +97,25 @@ def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int
 
     ``soft``: (p, d), to which the gradient flows.
     """
-    # For good, since another thread may be running the model: without a layout it is sdpa itself.
-    llm.model.config._attn_implementation = _SDPA_OR_PACKED
     device, head = llm.device, llm.template.head_ids
     ids = torch.tensor([*head, *(token for row in rows for token in row)], device=device)
     embeddings = torch.cat([soft.to(device, llm.dtype), llm.embed(ids)])
-    layout = _Layout.of(len(soft) + len(head), [len(row) for row in rows], device, llm.dtype)
+    layout = Layout.of(llm, len(soft) + len(head), [len(row) for row in rows], max_scores=None)
+    return _run(llm, layout, inputs_embeds=embeddings.unsqueeze(0))
+
+
+def packed_behind(llm: FrozenLLM, layout: Layout, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The same of rows behind a kept prefix, whose ``layout`` is theirs. No gradient."""
+    ids = torch.tensor([token for row in rows for token in row], device=llm.device)
+    return _run(llm, layout, input_ids=ids.unsqueeze(0))
+
+
+def _run(llm: FrozenLLM, layout: Layout, **inputs: Tensor) -> Tensor:
+    # For good, since another thread may be running the model: without a layout it is sdpa itself.
+    llm.model.config._attn_implementation = _SDPA_OR_PACKED
     output = llm.decoder(
-        inputs_embeds=embeddings.unsqueeze(0),
-        attention_mask=layout.mask[None, None],  # four axes: taken as it is
+        **inputs,
+        attention_mask=layout.chunks[0].mask[None, None],  # four axes: taken as it is
         position_ids=layout.positions.unsqueeze(0),
         use_cache=False,
         packed=layout,
@@ -103,41 +125,83 @@ def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int
 
 
 @dataclass(frozen=True, repr=False)
-class _Layout:
-    """Where the rows are in a sequence of T tokens, of which the first ``shared`` are the prefix.
+class _Chunk:
+    """Rows whose attention is one padded batch (n, L) behind the shared positions.
 
-    ``positions`` (T,). ``last`` (N,): each row's last token. ``padded`` (N·L,): places of the rows' tokens behind the
-    prefix, the first one's again where a row is shorter than L. ``back`` (T - shared,): from there to the sequence.
-    ``mask`` (shared + L, shared + L): additive and causal.
+    ``lengths`` (n,): of the rows. ``padded`` (n·L,): where in the sequence their tokens are, the first one's again
+    where a row is shorter than L. ``back`` (t,): from there to the sequence. ``mask`` (S + L, S + L): additive and
+    causal; S positions are shared.
     """
 
-    shared: int
-    rows: int
-    positions: Tensor
-    last: Tensor
+    lengths: Tensor
     padded: Tensor
     back: Tensor
     mask: Tensor
 
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, repr=False)
+class Layout:
+    """Where the rows are in a sequence of T tokens.
+
+    The prefix is its first ``shared`` tokens, or ``prefix``, kept from before. ``positions`` (T,). ``last`` (N,): each
+    row's last token. ``chunks``: of neighbouring rows, in order.
+    """
+
+    shared: int
+    prefix: Prefix | None
+    positions: Tensor
+    last: Tensor
+    chunks: tuple[_Chunk, ...]
+
     @classmethod
-    def of(cls, shared: int, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> _Layout:
-        longest, size = max(lengths), torch.tensor(lengths)
-        ends = size.cumsum(0)
-        column = torch.arange(longest)
-        real = column < size.unsqueeze(1)  # (N, L)
-        padded = torch.where(real, (ends - size).unsqueeze(1) + column, 0)
-        places = torch.arange(shared + longest)
-        mask = torch.zeros(len(places), len(places), dtype=dtype)
-        mask.masked_fill_(places.unsqueeze(1) < places, torch.finfo(dtype).min)
-        return cls(
-            shared=shared,
-            rows=len(lengths),
-            positions=torch.cat([places[:shared], shared + column.expand_as(real)[real]]).to(device),
-            last=(shared + ends - 1).to(device),
-            padded=padded.flatten().to(device),
-            back=real.flatten().nonzero().squeeze(1).to(device),
-            mask=mask.to(device),
-        )
+    def of(
+        cls,
+        llm: FrozenLLM,
+        shared: int,
+        lengths: Sequence[int],
+        *,
+        prefix: Prefix | None = None,
+        max_scores: int | None = CHUNK_SCORES,
+    ) -> Layout:
+        """``max_scores``: of a chunk, where it has more than one row. None: one chunk."""
+        behind = prefix.length if prefix is not None else shared
+        size = torch.tensor(lengths)
+        starts = shared + size.cumsum(0) - size
+        heads = int(llm.model.config.get_text_config().num_attention_heads)
+        chunks, first = [], 0
+        while first < len(lengths):
+            longest, end = lengths[first], first + 1
+            while end < len(lengths):
+                wider = max(longest, lengths[end])
+                if max_scores is not None and heads * (end + 1 - first) * wider * (behind + wider) > max_scores:
+                    break
+                longest, end = wider, end + 1
+            chunks.append(_chunk(llm, starts[first:end], size[first:end], longest, behind))
+            first = end
+        columns = torch.cat([torch.arange(n) for n in lengths])
+        places = torch.cat([torch.arange(shared), behind + columns])
+        last = starts + size - 1
+        return cls(shared, prefix, places.to(llm.device), last.to(llm.device), tuple(chunks))
+
+    def padded(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """States (1, T, d) as padded rows (n, L, d) with their lengths (n,), in order."""
+        width = states.shape[-1]
+        return [(states[0].index_select(0, c.padded).view(c.rows, -1, width), c.lengths) for c in self.chunks]
+
+
+def _chunk(llm: FrozenLLM, starts: Tensor, size: Tensor, longest: int, behind: int) -> _Chunk:
+    column = torch.arange(longest)
+    real = column < size.unsqueeze(1)  # (n, L)
+    padded = torch.where(real, starts.unsqueeze(1) + column, starts[0])
+    places = torch.arange(behind + longest)
+    mask = torch.zeros(len(places), len(places), dtype=llm.dtype)
+    mask.masked_fill_(places.unsqueeze(1) < places, torch.finfo(llm.dtype).min)
+    back = real.flatten().nonzero().squeeze(1)
+    return _Chunk(size.to(llm.device), padded.flatten().to(llm.device), back.to(llm.device), mask.to(llm.device))
 
 
 def _attention(
@@ -146,7 +210,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed: _Layout | None = None,
+    packed: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, H, T, D) query, (1, K, T, D) key and value → (1, T, H, D)."""
@@ -154,31 +218,39 @@ def _attention(
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("scores are capped, biased or have sinks")
+        raise _NotPackable("scores are capped, biased or have sinks")
     shared, heads, dim = packed.shared, query.shape[1], query.shape[-1]
     scaling = kwargs.get("scaling") or dim**-0.5
-    ahead = [x[:, :, :shared] for x in (query, key, value)]
-    on_prefix = _attend(ahead[0], ahead[1], ahead[2], packed.mask[:shared, :shared], scaling)
-    queries = _rows(query, packed)
-    keys, values = (
-        torch.cat([x[:, :, :shared].expand(packed.rows, -1, -1, -1), _rows(x, packed)], dim=2) for x in (key, value)
-    )
-    mask = packed.mask[shared:]
-    if heads * packed.rows * mask.numel() > MAX_SCORES:
-        fused, _ = sdpa_attention_forward(module, queries, keys, values, mask[None, None], scaling=scaling)
-        on_rows = fused.transpose(1, 2)
+    out = []
+    if packed.prefix is not None:
+        ahead_k, ahead_v, _ = packed.prefix.layers[cast(int, module.layer_idx)]
     else:
-        on_rows = _attend(queries, keys, values, mask, scaling)
-    flat = on_rows.transpose(1, 2).reshape(-1, heads * dim).index_select(0, packed.back)
-    out = torch.cat([on_prefix[0].transpose(0, 1), flat.view(-1, heads, dim)])
-    return out.unsqueeze(0), None
+        ahead_k, ahead_v = key[:, :, :shared], value[:, :, :shared]
+    if shared:
+        mask = packed.chunks[0].mask[:shared, :shared]
+        out.append(_attend(query[:, :, :shared], ahead_k, ahead_v, mask, scaling)[0].transpose(0, 1))
+    for chunk in packed.chunks:
+        queries = _rows(query, chunk)
+        keys, values = (
+            torch.cat([ahead.expand(chunk.rows, -1, -1, -1), _rows(x, chunk)], dim=2)
+            for ahead, x in ((ahead_k, key), (ahead_v, value))
+        )
+        mask = chunk.mask[ahead_k.shape[2] :]
+        if heads * chunk.rows * mask.numel() > MAX_SCORES:
+            fused, _ = sdpa_attention_forward(module, queries, keys, values, mask[None, None], scaling=scaling)
+            on_rows = fused.transpose(1, 2)
+        else:
+            on_rows = _attend(queries, keys, values, mask, scaling)
+        flat = on_rows.transpose(1, 2).reshape(-1, heads * dim).index_select(0, chunk.back)
+        out.append(flat.view(-1, heads, dim))
+    return torch.cat(out).unsqueeze(0), None
 
 
-def _rows(states: Tensor, packed: _Layout) -> Tensor:
-    """(1, h, T, D) → the rows' alone, padded: (N, h, L, D)."""
-    _, heads, _, dim = states.shape
-    flat = states[0, :, packed.shared :].transpose(0, 1).reshape(-1, heads * dim).index_select(0, packed.padded)
-    return flat.view(packed.rows, -1, heads, dim).transpose(1, 2)
+def _rows(states: Tensor, chunk: _Chunk) -> Tensor:
+    """(1, h, T, D) → those of the chunk, padded: (n, h, L, D)."""
+    _, heads, length, dim = states.shape
+    flat = states[0].transpose(0, 1).reshape(length, heads * dim).index_select(0, chunk.padded)
+    return flat.view(chunk.rows, -1, heads, dim).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.errors import FingerprintMismatch, InvalidGate, ModelError
 from models.gate import Gate, GateSpace, cosines
-from models.inference import Classification, Classifier, answer_scores
+from models.inference import BATCH, Classification, Classifier, Encoded, answer_scores
 from models.soft_prompt import SoftPrompt
 from models.template import ABSTAIN
 
@@ -158,13 +158,14 @@ class Routes:
 def classify_routed(
     classifier: Classifier,
     routes: Routes,
-    texts: Sequence[str],
+    texts: Sequence[str | Encoded],
     *,
     digest: Digest | None,
     max_prompts: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
 ) -> list[Routed]:
-    """Answers in the order of ``texts``. ``digest``: the keyed digest of a text; None leaves the guard out.
+    """Answers in the order of ``texts``. ``digest``: the keyed digest of a text that brings none of its own; None
+    leaves the guard out for it.
 
     Raises TextTooLong, FingerprintMismatch.
     """
@@ -173,7 +174,8 @@ def classify_routed(
     base = classifier.answers(answer_scores(llm, hidden))
     if not len(routes):
         return [Routed(answer, answer, (), False, False) for answer in base]
-    known: list[Sequence[int]] = [() if digest is None else routes.known_by(digest(text)) for text in texts]
+    digests = [_digest(text, digest) for text in texts]
+    known: list[Sequence[int]] = [() if own is None else routes.known_by(own) for own in digests]
     margins = routes.margins(states)
     claims, sure, certain = routes.claims(margins, max_prompts), routes.sure(margins), routes.certain(margins)
     # One prompt at a time, and a query is left out only where the prompt's own gate decides without it: no other
@@ -202,3 +204,9 @@ def classify_routed(
         )
         for q in range(len(texts))
     ]
+
+
+def _digest(text: str | Encoded, digest: Digest | None) -> bytes | None:
+    if isinstance(text, Encoded):
+        return text.digest
+    return None if digest is None else digest(text)

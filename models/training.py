@@ -273,7 +273,7 @@ def spul_terms(
     Rows are token ids of text and tail: ``soft`` and the template's head are run once for all of them.
     """
     rows = [*forget_rows, *retain_rows]
-    if packing.fits(llm, soft, rows):
+    if packing.fits(llm, len(soft) + len(llm.template.head_ids), rows):
         hidden = packing.packed_last_hidden(llm, soft, rows)
     else:
         hidden = _hidden_by_length(llm, rows, compute_prefix(llm, soft))

@@ -90,6 +90,27 @@ def test_missing_file_and_unknown_format(tmp_path: Path) -> None:
         read_examples(str(tmp_path / "latin.csv"), labels=LABELS)
 
 
+def test_what_is_no_file_of_its_kind_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "MARKER-42"}\n' * 99, mtime=0)
+    damaged = bytearray(whole)
+    damaged[12:20] = b"\xff" * 8
+    broken = {
+        "half.jsonl.gz": whole[: len(whole) // 2],
+        "damaged.jsonl.gz": bytes(damaged),
+        "no.parquet": b"MARKER-42",
+        "wide.csv": b"text\n" + b"MARKER-42 " * 20_000,
+    }
+    for name, data in broken.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder.csv").mkdir()
+    csv.field_size_limit(2**30)  # as another reader of this process may have left it
+    for name in [*broken, "folder.csv"]:
+        with pytest.raises(DatasetError, match=name) as caught:
+            read_examples(str(tmp_path / name), labels=LABELS)
+        assert "MARKER" not in str(caught.value)
+        assert caught.value.__cause__ is None
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 16), st.booleans())
 def test_buckets_partition_the_indices(lengths: list[int], size: int, seeded: bool) -> None:
     generator = torch.Generator().manual_seed(3) if seeded else None

@@ -40,6 +40,10 @@ def _soft(llm: FrozenLLM, p: int = 7) -> Tensor:
     return torch.randn(p, llm.hidden_size, generator=generator) * 0.3
 
 
+def _ahead(llm: FrozenLLM) -> int:
+    return len(_soft(llm)) + len(llm.template.head_ids)
+
+
 def _plain_logits(llm: FrozenLLM, soft: Tensor, row: list[int]) -> Tensor:
     """The literal definition: [soft, head, text, tail] through the whole model, no cache, no padding, one row."""
     ids = torch.tensor([*llm.template.head_ids, *row])
@@ -77,12 +81,12 @@ def test_packed_rows_equal_plain_concatenation(
     monkeypatch.setattr(packing, "MAX_SCORES", max_scores)
     rows = llm.rows(TEXTS)
     if _capped(llm):
-        assert not packing.fits(llm, _soft(llm), rows), "scores are capped, which packing does not do"
+        assert not packing.fits(llm, _ahead(llm), rows), "scores are capped, which packing does not do"
         return
     if getattr(llm.model.config, "sliding_window", None) is not None:
-        assert not packing.fits(llm, _soft(llm), rows), "one mask for all layers would let a row see past the window"
+        assert not packing.fits(llm, _ahead(llm), rows), "one mask for all layers would let a row see past the window"
         monkeypatch.setattr(llm.model.config, "sliding_window", 256)
-    assert packing.fits(llm, _soft(llm), rows)
+    assert packing.fits(llm, _ahead(llm), rows)
     plain_soft, soft = _soft(llm).requires_grad_(True), _soft(llm).requires_grad_(True)
     plain = torch.stack([_plain_logits(llm, plain_soft, row) for row in rows])
     plain.log_softmax(-1)[:, 5].sum().backward()
@@ -107,7 +111,7 @@ def test_a_model_that_packing_would_change_is_not_packed(kind: str, tmp_path: Pa
         layer.self_attn.register_forward_hook(lambda _module, _inputs, out: (out[0] * out[0].shape[1], *out[1:]))
     rows = llm.rows(TEXTS)
     before = last_hidden(llm, collate(rows), compute_prefix(llm, _soft(llm)))
-    assert not packing.fits(llm, _soft(llm), rows)
+    assert not packing.fits(llm, _ahead(llm), rows)
     assert llm.model.config._attn_implementation == "sdpa", "what was tried is undone"
     assert torch.equal(last_hidden(llm, collate(rows), compute_prefix(llm, _soft(llm))), before)
 
@@ -115,10 +119,10 @@ def test_a_model_that_packing_would_change_is_not_packed(kind: str, tmp_path: Pa
 def test_a_window_that_a_multimodal_model_keeps_below_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = FrozenLLM.load(str(make_tiny_model(tmp_path)), quantization="none", device="cpu")
     rows = llm.rows(TEXTS)
-    assert packing.fits(llm, _soft(llm), rows)
+    assert packing.fits(llm, _ahead(llm), rows)
     below = MistralConfig(sliding_window=24, max_position_embeddings=99)
     monkeypatch.setattr(type(llm.model.config), "get_text_config", lambda *_args, **_kwargs: below)
-    assert not packing.fits(llm, _soft(llm), rows)
+    assert not packing.fits(llm, _ahead(llm), rows)
     assert llm.max_positions == 99
 
 

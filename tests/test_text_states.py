@@ -13,7 +13,8 @@ from models.examples import Batch, collate
 from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.prefix_cache import compute_prefix, last_hidden
-from models.text_states import gate_layers, recording, text_states
+from models.recording import recording
+from models.text_states import gate_layers, text_states
 
 TEXTS = [
     "a bad movie with a great director , awful acting and a plot that is not very quite there",
