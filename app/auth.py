@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import keys
 from app.deps import ServiceDep
-from app.errors import Forbidden, Unauthenticated
+from app.errors import Unauthenticated
 
 _bearer = HTTPBearer(
     auto_error=False, scheme_name="apiKey", description="An API key, `lth_…`. Each operation names the scope it needs."
@@ -27,20 +27,27 @@ class Caller:
 
     def require(self, scope: str) -> None:
         """Raises Forbidden."""
-        if scope not in self.scopes:
-            raise Forbidden(f"this needs an API key with the scope '{scope}'", scope=scope)
+        keys.require(self.scopes, scope)
+
+
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+def presented_key(credentials: HTTPAuthorizationCredentials | None) -> str:
+    """Raises Unauthenticated."""
+    if credentials is None:
+        raise Unauthenticated("send an API key as 'Authorization: Bearer lth_…'")
+    return credentials.credentials
 
 
 def authorize(
     required: SecurityScopes,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: Credentials,
     service: ServiceDep,
 ) -> Caller:
     """The caller behind the presented key. Raises Unauthenticated, Forbidden."""
-    if credentials is None:
-        raise Unauthenticated("send an API key as 'Authorization: Bearer lth_…'")
     with service.sessions() as session:
-        key = keys.authenticate(session, credentials.credentials)
+        key = keys.authenticate(session, presented_key(credentials))
     caller = Caller(key.id, frozenset(key.scopes))
     for scope in required.scopes:
         caller.require(scope)

@@ -1,7 +1,9 @@
 """A bounded queue in front of one thread: jobs that wait together run together.
 
-There is no waiting for a batch to fill. While the thread works, jobs collect, and the next batch takes them: an idle
-server answers at once and a busy one batches by itself.
+While the thread works, jobs collect, and the next batch takes them: an idle server answers at once and a busy one
+batches by itself. Callers that ask again as soon as they have an answer would so fall into two groups that take turns,
+in batches of half the size. So after a batch the thread waits, a tenth of that batch's time at most, until as many are
+there as were there before: callers that come one at a time never wait for it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from app.errors import NotReady, Overloaded
 
 log = logging.getLogger(__name__)
+
+LINGER = 0.1  # of the last batch's time, but no longer than
+MAX_LINGER_SECONDS = 0.25
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -29,13 +35,15 @@ class _Job(Generic[J, R]):
     item: J
     weight: int
     future: Future[R] = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
 
 
 class Batcher(Generic[J, R]):
     """Runs ``run(items)`` in its own thread; every submitted item gets its result or the batch's exception.
 
     An item is never split over batches, so one answer comes from one batch. Weights (``weigh(item)``) are counted
-    against ``max_batch`` and ``max_queued``; a single heavier item is still taken, alone.
+    against ``max_batch`` and ``max_queued``; a single heavier item is still taken, alone. A future that its caller
+    cancels leaves the queue, and its place is free at once; in a running batch it is computed for nobody.
     """
 
     def __init__(
@@ -52,6 +60,9 @@ class Batcher(Generic[J, R]):
         self._condition = threading.Condition()
         self._waiting: deque[_Job[J, R]] = deque()
         self._queued = 0  # weight of what waits
+        self._running_since: float | None = None
+        self._seen = 0  # weight of the last batch and of what waited when it ended: as much may come again
+        self._linger_until = 0.0
         self._rate = 0.0  # weight per second, smoothed
         self._stopped: str | None = None  # why no job is taken any more
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -61,6 +72,23 @@ class Batcher(Generic[J, R]):
     def alive(self) -> bool:
         """False once the thread has ended, for whatever reason."""
         return self._stopped is None and self._thread.is_alive()
+
+    @property
+    def queued(self) -> int:
+        """Weight of what waits."""
+        return self._queued
+
+    @property
+    def oldest(self) -> float:
+        """Seconds that the first in the queue has waited; 0 when none does."""
+        with self._condition:
+            return time.monotonic() - self._waiting[0].since if self._waiting else 0.0
+
+    @property
+    def running(self) -> float:
+        """Seconds that the batch of the moment has taken so far; 0 between batches."""
+        since = self._running_since
+        return time.monotonic() - since if since is not None else 0.0
 
     def submit(self, item: J) -> Future[R]:
         """Queue an item. Raises Overloaded (queue full) and NotReady (the thread is gone or closing)."""
@@ -74,7 +102,13 @@ class Batcher(Generic[J, R]):
             self._waiting.append(job)
             self._queued += job.weight
             self._condition.notify()
+        job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
         return job.future
+
+    def _leave(self, job: _Job[J, R]) -> None:
+        with self._condition, suppress(ValueError):  # the thread may have been quicker
+            self._waiting.remove(job)
+            self._queued -= job.weight
 
     def close(self, timeout: float = 30.0) -> None:
         """Finish the running batch, refuse what waits, end the thread."""
@@ -110,6 +144,7 @@ class Batcher(Generic[J, R]):
         with self._condition:
             while not batch:
                 self._condition.wait_for(lambda: self._waiting or self._stopped is not None)
+                self._condition.wait_for(self._all_there, max(0.0, self._linger_until - time.monotonic()))
                 if self._stopped is not None:
                     return []
                 while self._waiting and (not batch or weight + self._waiting[0].weight <= self._max_batch):
@@ -120,8 +155,11 @@ class Batcher(Generic[J, R]):
                         weight += job.weight
         return batch
 
+    def _all_there(self) -> bool:
+        return self._queued >= min(self._seen, self._max_batch) or self._stopped is not None
+
     def _answer(self, batch: list[_Job[J, R]]) -> None:
-        started = time.perf_counter()
+        started = self._running_since = time.monotonic()
         try:
             results = self._run([job.item for job in batch])
             if len(results) != len(batch):
@@ -134,8 +172,13 @@ class Batcher(Generic[J, R]):
             for job in batch:
                 job.future.set_exception(NotReady("the model thread has died"))
             raise
+        finally:
+            self._running_since = None
         if weight := sum(job.weight for job in batch):
-            rate = weight / max(time.perf_counter() - started, 1e-6)
+            ended = time.monotonic()
+            rate = weight / max(ended - started, 1e-6)
             self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+            self._seen = weight + self._queued
+            self._linger_until = ended + min(LINGER * (ended - started), MAX_LINGER_SECONDS)
         for job, result in zip(batch, results, strict=True):
             job.future.set_result(result)

@@ -10,8 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from app import bulk, cli_bulk
+from app.bulk_rows import TEXT_FIELDS, RowFormat, is_json_line
+from app.cli_bulk import BulkOptions
 from app.cli_output import CommandGroup, JsonOption, bar, emit, note, percent, print_table, request_bar
-from app.client import Client
+from app.client import CLASSIFY_BATCH, Client
 from app.errors import InvalidInput
 from app.settings import get_settings
 
@@ -111,19 +114,90 @@ def cancel(request_id: str, as_json: JsonOption = False) -> None:
 
 def classify(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.", show_default=False)] = None,
-    file: FileOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="JSONL, CSV, TSV (each also gzipped) or plain lines; - is standard input."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Stream to this .jsonl, .csv or .tsv file; - streams JSON lines to stdout."
+        ),
+    ] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Ask for confidence and scores (scope `scores`).")] = False,
+    min_version: Annotated[
+        int | None, typer.Option(min=0, help="Take answers by this version of the active set, or a later one, only.")
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(help=f"Column or field of the texts. Default: the first of {', '.join(TEXT_FIELDS)}."),
+    ] = None,
+    input_format: Annotated[
+        RowFormat | None, typer.Option("--format", help="Of --file. Default: by its name, else by its first line.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=4096, help=f"Rows of one call. Default: {CLASSIFY_BATCH}.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, max=64, help=f"Calls in flight. Default: {bulk.CONCURRENCY}.")
+    ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds to try again for, while the server is full, restarts or is gone. "
+            f"Default: {bulk.PATIENCE_SECONDS:.0f}.",
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be classified.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again where the output is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify texts with the running server."""
-    items = [*(texts or [])]
-    if file is not None:
-        items += [item if isinstance(item, str) else item["text"] for item in read_texts(file)]
+    """Classify texts with the running server.
+
+    Without --output: a table, or with --json one document, of up to 1,000 texts.
+
+    With --output: any number of rows, in constant memory. A row is written as it was read, with the fields
+    letheon_label, letheon_abstained, letheon_active_set_version (and letheon_confidence, letheon_scores), or with
+    letheon_error where it cannot be classified; fields of these names in the input are an earlier run's and give way.
+    CSV needs a header and keeps its columns; JSON lines written as CSV have the fields of the first 100 rows.
+
+    Run the same command again after an interruption, of whatever kind: it goes on where it stopped. What it was asked
+    is kept in OUTPUT.run.json.
+
+    Exit status: 0 every row is answered, 1 stopped with an error, 3 done, but some rows have a letheon_error,
+    130 interrupted.
+    """
+    if output is not None:
+        if file is None or texts:
+            raise InvalidInput("--output goes with --file, and not with texts as arguments")
+        with make_client() as client:
+            cli_bulk.classify_file(
+                client,
+                file,
+                output,
+                BulkOptions(scores, min_version, text_column, input_format),
+                batch=batch or CLASSIFY_BATCH,
+                window=concurrency or bulk.CONCURRENCY,
+                patience=bulk.PATIENCE_SECONDS if patience is None else patience,
+                strict=strict,
+                overwrite=overwrite,
+                as_json=as_json,
+            )
+        return
+    if strict or overwrite or not (batch is concurrency is patience is None):
+        raise InvalidInput("--batch, --concurrency, --patience, --strict and --overwrite go with --output")
+    items = [*(texts or []), *(cli_bulk.few_texts(file, input_format, text_column) if file is not None else [])]
     if not items:
         raise InvalidInput("nothing to classify: give texts, --file FILE or --file - (standard input)")
     with make_client() as client, bar() as progress:
         task = progress.add_task("classifying", total=len(items), visible=len(items) > 64)
-        answer = client.classify(items, scores=scores, on_done=lambda done: progress.update(task, completed=done))
+        answer = client.classify(
+            items,
+            scores=scores,
+            min_version=min_version,
+            on_done=lambda done: progress.update(task, completed=done),
+        )
     if as_json:
         emit(answer)
         return
@@ -236,7 +310,7 @@ def read_texts(path: Path) -> list[str | dict[str, Any]]:
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise InvalidInput(f"{name} is empty")
-    if path.suffix.lower() not in (".jsonl", ".ndjson") and not _is_json_line(numbered[0][1]):
+    if path.suffix.lower() not in (".jsonl", ".ndjson") and not is_json_line(numbered[0][1]):
         return [line for _, line in numbered]
     items: list[str | dict[str, Any]] = []
     for number, line in numbered:
@@ -252,16 +326,6 @@ def read_texts(path: Path) -> list[str | dict[str, Any]]:
         else:
             raise InvalidInput(f"{name}, line {number}: needs a JSON string or an object with a text")
     return items
-
-
-def _is_json_line(line: str) -> bool:
-    """An object, even a broken one, or a whole JSON string. A list is taken for text nowhere: it is refused as JSON."""
-    if line.startswith(("{", "[{", '["')):
-        return True
-    try:
-        return isinstance(json.loads(line), str)
-    except (ValueError, RecursionError):
-        return False
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
@@ -22,16 +22,25 @@ _GIVE_UP_SECONDS = 120.0  # a server that restarts is back by then
 
 
 class ApiError(LetheonError):
-    """The server answered with a problem; ``status_code`` and ``problem_code`` say which."""
+    """The server answered with a problem; ``status_code`` and ``problem_code`` say which, ``errors`` what exactly."""
 
     code: ClassVar[str] = "api-error"
     title: ClassVar[str] = "The server refused"
 
-    def __init__(self, detail: str, *, status_code: int, problem_code: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        status_code: int,
+        problem_code: str,
+        retry_after: float | None = None,
+        errors: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         super().__init__(detail)
         self.status_code = status_code
         self.problem_code = problem_code
         self.retry_after = retry_after
+        self.errors = errors  # each {"field", "message", "limit"?}
 
 
 class Unreachable(LetheonError):
@@ -163,6 +172,7 @@ class Client:
         texts: Sequence[str],
         *,
         scores: bool = False,
+        min_version: int | None = None,
         on_done: Callable[[int], None] | None = None,
         batch: int = CLASSIFY_BATCH,
     ) -> dict[str, Any]:
@@ -173,9 +183,7 @@ class Client:
         results: list[Any] = []
         versions: list[int] = []
         for start in range(0, len(texts), batch):
-            body: dict[str, Any] = {"texts": list(texts[start : start + batch])}
-            if scores:
-                body["scores"] = True
+            body = _classify_body(texts[start : start + batch], scores, min_version)
             answer = self._call_when_free("POST", "/classify", json=body)
             results += answer["results"]
             if answer["active_set_version"] not in versions:
@@ -183,6 +191,12 @@ class Client:
             if on_done is not None:
                 on_done(len(results))
         return {"results": results, "active_set_versions": versions}
+
+    def classify_call(
+        self, texts: Sequence[str], *, scores: bool = False, min_version: int | None = None
+    ) -> dict[str, Any]:
+        """One call, not tried again, as the server answers it; may be used from several threads."""
+        return self._call("POST", "/classify", json=_classify_body(texts, scores, min_version))
 
     def prompts(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
         return self._call("GET", "/admin/prompts", params=_params(limit=limit, cursor=cursor, state=state))
@@ -255,12 +269,23 @@ def _problem(response: httpx2.Response) -> ApiError:
     if response.status_code == 401:
         detail += "; set LETHEON_API_KEY to a key of `letheon keys create`"
     retry = response.headers.get("Retry-After", "")
+    errors = body.get("errors")
     return ApiError(
         f"{code} ({response.status_code}): {' '.join(detail.split())}",
         status_code=response.status_code,
         problem_code=code,
-        retry_after=float(retry) if retry.isdigit() else None,
+        retry_after=float(retry) if retry.isdecimal() and len(retry) < 10 else None,
+        errors=[error for error in errors if isinstance(error, dict)] if isinstance(errors, list) else (),
     )
+
+
+def _classify_body(texts: Sequence[str], scores: bool, min_version: int | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"texts": list(texts)}
+    if scores:
+        body["scores"] = True
+    if min_version is not None:
+        body["min_version"] = min_version
+    return body
 
 
 def _segment(value: str) -> str:

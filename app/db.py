@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
@@ -24,6 +25,8 @@ from app.errors import NotReady
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "alembic"
+UNANSWERED = (OperationalError, InterfaceError, PoolTimeout)
+"""What a database says when it restarts, is locked, is full or cannot be reached."""
 BUSY_SECONDS = 30.0
 _EMPTY_LOG_SECONDS = 0.5
 _SHREDDED = "shredded"

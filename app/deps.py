@@ -17,6 +17,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.errors import NotFound
+from app.metrics import Metrics
+from app.scrape import Scrapes
 from app.serving import Serving
 from app.settings import Settings
 from app.vault import Vault
@@ -32,6 +34,8 @@ class Service:
     vault: Vault
     celery: Celery
     serving: Serving
+    metrics: Metrics
+    scrapes: Scrapes
     stopping: asyncio.Event  # set when the server begins to shut down: event streams end
 
 

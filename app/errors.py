@@ -57,6 +57,18 @@ class Overloaded(LetheonError):
     status, code, title = 503, "overloaded", "The server is at capacity"
 
 
+class ClientGone(LetheonError):
+    """Nobody is left to hear the answer; the status is for the log, as nginx has it."""
+
+    status, code, title = 499, "client-gone", "The client closed the connection"
+
+
+class DeadlineExceeded(LetheonError):
+    """No answer within the time that the client or the server allows for one."""
+
+    status, code, title = 503, "deadline-exceeded", "No answer in time"
+
+
 class NotReady(LetheonError):
     """Fail closed: the active set cannot be confirmed or a prompt does not load. Never serve unprompted."""
 
@@ -85,3 +97,9 @@ class StaleActiveSet(LetheonError):
     """The active set changed since the prompt was checked; check again, then activate."""
 
     status, code, title = 409, "stale-active-set", "The active set has changed"
+
+
+class MissingExtra(LetheonError):
+    """A setting asks for something whose packages are an optional extra that is not installed."""
+
+    status, code, title = 500, "missing-extra", "An optional package is not installed"

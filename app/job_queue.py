@@ -71,6 +71,7 @@ def claim(
         .values(
             state=RequestState.TRAINING,
             attempt=UnlearnRequest.attempt + 1,
+            lease_expiries=UnlearnRequest.lease_expiries + (1 if seen in RUNNING else 0),
             lease_owner=unique_owner,
             lease_expires_at=now + timedelta(seconds=lease_seconds),
             started_at=func.coalesce(UnlearnRequest.started_at, now),
@@ -154,6 +155,8 @@ def reap(session: Session, *, max_attempts: int, now: datetime | None = None) ->
     query = select(UnlearnRequest).where(due).order_by(UnlearnRequest.id).with_for_update(skip_locked=True)
     rows = list(session.scalars(query, execution_options={"populate_existing": True}))
     for row in rows:
+        if row.state in RUNNING:
+            row.lease_expiries += 1
         if row.cancel_requested:
             move(session, row, RequestState.CANCELLED, actor="reaper", now=now)
         elif row.attempt >= max_attempts:

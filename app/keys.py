@@ -6,16 +6,16 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import audit, db
-from app.errors import Conflict, InvalidInput, NotFound, Unauthenticated
+from app.errors import Conflict, Forbidden, InvalidInput, NotFound, Unauthenticated
 from app.tables import ApiKey, utcnow
 
-SCOPES = ("requests", "classify", "scores", "admin")
+SCOPES = ("requests", "classify", "scores", "admin", "metrics")
 
 _PRESENTED = re.compile(r"lth_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _NO_DIGEST = bytes(32)  # compared with when the id is unknown, so that this takes as long as a wrong secret
@@ -45,6 +45,12 @@ def authenticate(session: Session, presented: str) -> ApiKey:
     if key is None or not same or key.revoked_at is not None:
         raise Unauthenticated("the API key is unknown, wrong or revoked")
     return key
+
+
+def require(scopes: Collection[str], scope: str) -> None:
+    """Raises Forbidden."""
+    if scope not in scopes:
+        raise Forbidden(f"this needs an API key with the scope '{scope}'", scope=scope)
 
 
 def list_keys(session: Session) -> list[ApiKey]:

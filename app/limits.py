@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.problems import MAX_ERRORS, invalid
-from app.serving import Serving
+from app.serving import Encoded, Serving
 
 _CHARACTERS_PER_TOKEN = 64
 """Far above what any text reaches; saves tokenising megabytes only to refuse them."""
@@ -22,21 +22,40 @@ def check_texts(
     serving: Serving, texts: Sequence[tuple[str, str]], *, labels: Sequence[tuple[str, str | None]] = ()
 ) -> None:
     """Raises InvalidInput naming every (field, text) over the token limit and every label that is not one."""
-    errors: list[dict[str, Any]] = []
-    limit = serving.max_text_tokens
-    for field, text in texts:
-        if len(text) > limit * _CHARACTERS_PER_TOKEN:
-            message = f"has {len(text)} characters, the limit is {limit} tokens"
-        elif (count := serving.llm.count_tokens(text)) > limit:
-            message = f"has {count} tokens, the limit is {limit}"
-        else:
-            continue
-        errors.append({"field": field, "message": message, "limit": limit})
+    _, errors = _encode(serving, texts)
     allowed = ", ".join(serving.labels)
     errors += [
         {"field": field, "message": f"must be one of {allowed}"}
         for field, label in labels
         if label is not None and label not in serving.labels
     ]
+    _refuse(errors)
+
+
+def encode_texts(serving: Serving, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
+    """The texts as the model reads them. Raises InvalidInput naming every (field, text) over the token limit."""
+    encoded, errors = _encode(serving, texts)
+    _refuse(errors)
+    return encoded
+
+
+def _encode(serving: Serving, texts: Sequence[tuple[str, str]]) -> tuple[list[Encoded], list[dict[str, Any]]]:
+    limit = serving.max_text_tokens
+    long = [len(text) > limit * _CHARACTERS_PER_TOKEN for _, text in texts]
+    encoded = serving.encode(["" if skip else text for skip, (_, text) in zip(long, texts, strict=True)])
+    errors: list[dict[str, Any]] = []
+    for skip, (field, text), found in zip(long, texts, encoded, strict=True):
+        count = serving.llm.text_tokens(found.row)
+        if skip:
+            message = f"has {len(text)} characters, the limit is {limit} tokens"
+        elif count > limit:
+            message = f"has {count} tokens, the limit is {limit}"
+        else:
+            continue
+        errors.append({"field": field, "message": message, "limit": limit})
+    return encoded, errors
+
+
+def _refuse(errors: list[dict[str, Any]]) -> None:
     if errors:
         raise invalid(errors[:MAX_ERRORS], omitted=max(0, len(errors) - MAX_ERRORS))

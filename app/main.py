@@ -12,16 +12,19 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse
 
-from app import active_set, db, problems
+from app import active_set, db, problems, tracing
 from app.auth import create_first_key
 from app.broker import make_celery
 from app.defaults import load_arguments
 from app.deps import Service
 from app.errors import LetheonError
+from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
-from app.routes import admin, classify, health, unlearn_requests
+from app.routes import admin, classify, health, metrics, unlearn_requests
+from app.scrape import Scrapes
 from app.serving import Serving
 from app.settings import Settings
 from app.vault import Vault
@@ -32,6 +35,16 @@ DESCRIPTION = (
     "Makes a deployed LLM text classifier suppress, at inference time, what it was asked to forget. "
     "No weight changes: the frozen weights still hold the data, and revoking a prompt brings the old behaviour back."
 )
+
+SILENT: TelemetryConfig = {
+    # FastAPI's own tells a process-wide OpenTelemetry provider paths, queries and exceptions with their messages, also
+    # where somebody else, such as Ray or an agent, has set one up. What is told is in app.metrics and app.tracing.
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
 
 
 class ModelFailed(LetheonError):
@@ -53,15 +66,18 @@ class LetheonAPI(FastAPI):
 def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     """The application. ``llm`` saves loading a model twice where one process holds several apps.
 
-    Its start raises NotReady (schema not migrated, on PostgreSQL), VaultError and ModelError.
+    Raises MissingExtra. Its start raises NotReady (schema not migrated, on PostgreSQL), VaultError and ModelError.
     """
+    if settings.traces:
+        tracing.require()
+    counts = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # The server's own access log has query strings; ours does not.
         logging.getLogger("uvicorn.access").disabled = True
         with ExitStack() as stack:
-            app.state.service = service = _start(settings, llm, stack)
+            app.state.service = service = _start(settings, llm, counts, stack)
             try:
                 yield
             finally:
@@ -74,17 +90,20 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
+        telemetry=SILENT,
     )
     problems.install(app)
     app.add_exception_handler(ModelError, _model_error)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestContext)  # added last, so outermost
-    for module in (unlearn_requests, classify, admin, health):
+    app.add_middleware(RequestContext, metrics=counts)  # added last, so outermost
+    for module in (unlearn_requests, classify, admin, health, metrics):
         app.include_router(module.router)
     return app
 
 
-def _start(settings: Settings, llm: FrozenLLM | None, stack: ExitStack) -> Service:
+def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: ExitStack) -> Service:
+    if settings.traces:
+        stack.callback(tracing.start("letheon-api"))
     url = settings.effective_database_url
     if url.startswith("sqlite"):
         db.upgrade(url)
@@ -97,13 +116,16 @@ def _start(settings: Settings, llm: FrozenLLM | None, stack: ExitStack) -> Servi
         active_set.check_master_key(session, vault)
     celery = make_celery(settings)
     stack.callback(celery.close)
-    serving = Serving(llm if llm is not None else FrozenLLM.load(**load_arguments(settings)), sessions, vault, settings)
+    model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
+    serving = Serving(model, sessions, vault, settings, counts)
     stack.callback(serving.close)
-    first = create_first_key(sessions)
+    scrapes = Scrapes(counts, sessions, serving.check)
+    stack.callback(scrapes.close)
+    first = create_first_key(sessions) if settings.first_key else None
     if first is not None:
         # Not through logging: a log is kept and shipped, this is shown once.
         print(f"Letheon: first API key (all scopes, shown only now): {first}", file=sys.stderr, flush=True)
-    return Service(settings, engine, sessions, vault, celery, serving, stopping=asyncio.Event())
+    return Service(settings, engine, sessions, vault, celery, serving, counts, scrapes, stopping=asyncio.Event())
 
 
 async def _model_error(request: Request, exc: Exception) -> JSONResponse:

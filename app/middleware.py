@@ -11,7 +11,9 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import tracing
 from app.errors import BodyTooLarge, LetheonError, MalformedBody
+from app.metrics import METHODS, Metrics
 from app.problems import RefusedBody, problem_response
 from app.tracebacks import where
 
@@ -22,33 +24,37 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RESOURCE_ID = re.compile(r"[a-z]{3}_[0-9a-f]{28}")
 
 
+def route_template(scope: Scope) -> str:
+    """The matched route; nothing of the URL itself, which may hold anything."""
+    return str(getattr(scope.get("route"), "path", "(no route)"))
+
+
 def logged_path(scope: Scope) -> str:
-    """The matched route with its resource ids; nothing else of the URL, which may hold anything."""
-    template = getattr(scope.get("route"), "path", None)
-    if template is None:
-        return "(no route)"
+    """The matched route with its resource ids."""
     params = scope.get("path_params", {})
     return re.sub(
         r"\{(\w+)\}",
         lambda name: value if _RESOURCE_ID.fullmatch(value := str(params.get(name[1]))) else name[0],
-        str(template),
+        route_template(scope),
     )
 
 
 class RequestContext:
-    """Gives each request an id (the client's, if it is a plain one), logs it, and turns what nobody caught into a 500.
+    """Gives each request an id (the client's, if it is a plain one), logs, counts and traces it.
 
-    The exception ends here: the server would log it with its message.
+    What nobody caught becomes a 500 and ends here: the server would log it with its message.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        presented = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        presented = headers.get("x-request-id", "")
         request_id = presented if _REQUEST_ID.fullmatch(presented) else secrets.token_hex(8)
         status = 0
         started = time.perf_counter()
@@ -60,17 +66,21 @@ class RequestContext:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_with_id)
-        except Exception as error:
-            log.error("unhandled in request %s: %s", request_id, where(error))
-            if status == 0:
-                problem = LetheonError("an unexpected error; the server's log has it under this request's id")
-                await problem_response(scope, problem)(scope, receive, send_with_id)
-        finally:
-            milliseconds = (time.perf_counter() - started) * 1000
-            method = scope["method"] if scope["method"].isalpha() else "(other)"
-            access_log.info("%s %s %d %.1fms %s", method, logged_path(scope), status, milliseconds, request_id)
+        with tracing.request(scope["path"], headers.get("traceparent")) as ended:
+            try:
+                await self.app(scope, receive, send_with_id)
+            except Exception as error:
+                log.error("unhandled in request %s: %s", request_id, where(error))
+                if status == 0:
+                    problem = LetheonError("an unexpected error; the server's log has it under this request's id")
+                    await problem_response(scope, problem)(scope, receive, send_with_id)
+            finally:
+                seconds = time.perf_counter() - started
+                method = scope["method"] if scope["method"] in METHODS else "(other)"
+                route = route_template(scope)
+                self.metrics.http(method, route, status, seconds)
+                ended(method, route, status)
+                access_log.info("%s %s %d %.1fms %s", method, logged_path(scope), status, seconds * 1000, request_id)
 
 
 class BodyLimit:

@@ -14,13 +14,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from app.errors import BodyTooLarge, InvalidInput, LetheonError, MalformedBody, Overloaded, Unauthenticated
+from app import db
+from app.errors import BodyTooLarge, InvalidInput, LetheonError, MalformedBody, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def problem_response(scope: Scope, error: LetheonError, headers: Mapping[str, st
         sent["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         sent["Connection"] = "close"  # or a client could go on sending the rest for ever
-    if isinstance(error, Overloaded | Unavailable):
+    if status == 503:
         sent["Retry-After"] = str(extra.pop("retry_after", 1))
     if "field" in extra:
         extra["errors"] = [{"field": extra.pop("field"), "message": error.detail}]
@@ -173,7 +172,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(LetheonError, letheon_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
-    for kind in (OperationalError, InterfaceError, PoolTimeout):
+    for kind in db.UNANSWERED:
         app.add_exception_handler(kind, database_error)
 
 

@@ -167,6 +167,16 @@ class ClassifyIn(Body):
         default=None, min_length=1, description="1 to the server's maximum (256)."
     )
     scores: bool = Field(default=False, description="Add `confidence` and `scores`; needs the scope `scores`.")
+    min_version: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="503 unless the active set has this version or a later one. Every answer follows what was "
+        "acknowledged before it started; this is for a client that wants to see it held.",
+    )
+    timeout_seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="503 without an answer by then; 30 by default and at most."
+    )
 
 
 class ClassificationOut(BaseModel):
@@ -213,6 +223,12 @@ class PromptOut(Row):
     revoked_at: datetime | None
     revoked_by: str | None
     revoke_reason: str | None
+
+
+class RevokedOut(PromptOut):
+    """The prompt, and the set that is in force without it."""
+
+    active_set_version: int = Field(description="What is classified from now on has this version or a later one.")
 
 
 class PromptPage(BaseModel):

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
+from opentelemetry.trace import SpanContext
 from sqlalchemy.orm import Session, sessionmaker
 
+from app import tracing
 from app.batching import Batcher
 from app.errors import NotReady, Overloaded
+from app.metrics import Metrics, outcomes
 from app.settings import Settings
 from app.stack import Stack, StackReader
 from app.tracebacks import where
 from app.vault import Vault
 from models.errors import ModelError
-from models.inference import Classification, Classifier
+from models.inference import Classification, Classifier, Encoded
 from models.llm import FrozenLLM
 from models.routing import classify_routed
 
+__all__ = ["Answer", "Encoded", "Serving"]
+
 log = logging.getLogger(__name__)
 
-MAX_BATCH_TEXTS = 64
 CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, repr=False)
+class Question:
+    """Texts of one call, since when (``time.monotonic()``) and in which span they wait."""
+
+    texts: Sequence[Encoded]
+    since: float
+    span: SpanContext | None
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,11 @@ class Answer:
 class Serving:
     """Classifies behind the active set that the database names when a batch starts (promise 2)."""
 
-    def __init__(self, llm: FrozenLLM, sessions: sessionmaker[Session], vault: Vault, settings: Settings) -> None:
+    def __init__(
+        self, llm: FrozenLLM, sessions: sessionmaker[Session], vault: Vault, settings: Settings, metrics: Metrics
+    ) -> None:
         self.llm = llm
+        self._metrics = metrics
         self._settings = settings
         self._widest = settings.num_virtual_tokens
         self._sessions, self._vault = sessions, vault
@@ -48,9 +65,13 @@ class Serving:
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
         self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode)
         self._max_prompts = settings.max_prompts_per_query
-        self._batcher: Batcher[Sequence[str], Answer] = Batcher(
-            self._classify, weigh=len, max_batch=MAX_BATCH_TEXTS, max_queued=settings.max_queued_texts
+        self._batcher: Batcher[Question, Answer] = Batcher(
+            self._classify,
+            weigh=lambda question: len(question.texts),
+            max_batch=settings.max_batch_texts,
+            max_queued=settings.max_queued_texts,
         )
+        metrics.queue(lambda: self._batcher.queued, lambda: self._batcher.oldest)
         self._closing = threading.Event()
         self._watcher = threading.Thread(
             target=self._watch, args=(settings.active_set_poll_seconds,), name="active-set-watch", daemon=True
@@ -71,14 +92,21 @@ class Serving:
         """
         return self.llm.text_limit(self._settings.max_text_tokens, self._widest)
 
-    def submit(self, texts: Sequence[str]) -> Future[Answer]:
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Texts as the model reads them; done by whoever asks, since all wait for the model's thread."""
+        rows = self.llm.rows(texts)
+        return [Encoded(row, self._vault.gate_digest(text)) for row, text in zip(rows, texts, strict=True)]
+
+    def submit(self, texts: Sequence[Encoded]) -> Future[Answer]:
         """Queue texts; the future also carries NotReady. Raises Overloaded, NotReady."""
-        return self._batcher.submit(texts)
+        return self._batcher.submit(Question(texts, time.monotonic(), tracing.here()))
 
     def check(self) -> None:
         """Raises NotReady when a classification would not be answered now."""
         if not self._batcher.alive:
             raise NotReady("the model thread is not running")
+        if self._batcher.running > self._settings.classify_deadline_seconds:
+            raise NotReady("the model has been busy with one batch for longer than any caller waits")
         self._confirm()
 
     def close(self) -> None:
@@ -86,30 +114,43 @@ class Serving:
         self._batcher.close()
         self._watcher.join(CLOSE_SECONDS)
 
-    def _classify(self, jobs: list[Sequence[str]]) -> list[Answer]:
+    def _classify(self, questions: list[Question]) -> list[Answer]:
         """One batch, in the model thread. Raises NotReady, which reaches every caller of the batch."""
+        started = time.monotonic()
         try:
             stack = self._confirm()
         finally:
             self._classifier.keep(self._reader.held)
-        texts = [text for job in jobs for text in job]
+        texts = [text for question in questions for text in question.texts]
+        if not texts:
+            return [Answer([], stack.view.version) for _ in questions]
+        for question in questions:
+            self._metrics.waited(started - question.since)
+            tracing.past("letheon.queue", started - question.since, question.span, texts=len(question.texts))
+        links = [question.span for question in questions if question.span is not None]
         try:
-            flat = iter(self._answers(stack, texts))
+            with tracing.span("letheon.batch", links=links, texts=len(texts), active_set_version=stack.view.version):
+                flat = iter(self._answers(stack, texts))
         except ModelError as error:
             raise NotReady(str(error)) from error
         except Exception as error:
             log.error("a batch failed: %s", where(error))
             raise NotReady(f"the model failed on this batch ({type(error).__name__})") from error
-        return [Answer([next(flat) for _ in job], stack.view.version) for job in jobs]
+        tokens, padding = self._classifier.take_counts()
+        seconds = time.monotonic() - started
+        self._metrics.batch(texts=len(texts), seconds=seconds, tokens=tokens, padding=padding)
+        return [Answer([next(flat) for _ in question.texts], stack.view.version) for question in questions]
 
-    def _answers(self, stack: Stack, texts: list[str]) -> list[Classification]:
-        if not texts:
-            return []
+    def _answers(self, stack: Stack, texts: list[Encoded]) -> list[Classification]:
         if stack.routes is None:
-            return self._classifier.classify(texts, stack.prompts)
-        routed = classify_routed(
-            self._classifier, stack.routes, texts, digest=self._vault.gate_digest, max_prompts=self._max_prompts
-        )
+            answers = self._classifier.classify(texts, stack.prompts)
+            abstained = sum(answer.abstained for answer in answers) if stack.prompts else 0
+            cleared = len(answers) - abstained if stack.prompts else 0
+            base = 0 if stack.prompts else len(answers)
+            self._metrics.answers(base=base, claimed=cleared, prompted_abstained=abstained, certain=0, guarded=0)
+            return answers
+        routed = classify_routed(self._classifier, stack.routes, texts, digest=None, max_prompts=self._max_prompts)
+        self._metrics.answers(**outcomes(routed))
         return [found.answer for found in routed]
 
     def _confirm(self) -> Stack:
@@ -122,6 +163,7 @@ class Serving:
                 with self._sessions() as session:
                     stack = self._reader.read(session)
                 self._widest = max(self._settings.num_virtual_tokens, stack.widest)
+                self._metrics.active_set(stack.view.version, len(stack.members))
                 return stack
             except NotReady:
                 raise
@@ -135,6 +177,6 @@ class Serving:
         """Without traffic nobody asks for the active set, and a revoked prompt would stay in memory."""
         while not self._closing.wait(every):
             try:
-                self._batcher.submit([]).result()
+                self.submit([]).result()
             except (NotReady, Overloaded):
                 continue

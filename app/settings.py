@@ -41,11 +41,25 @@ class Settings(BaseSettings):
     # HTTP
     host: str = "127.0.0.1"
     port: int = Field(default=8600, ge=0, le=65535)
+    first_key: bool = Field(
+        default=True,
+        description="Without any key in force, make one with every scope and print it. Off where stderr is kept.",
+    )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     max_forget_texts: int = Field(default=4096, ge=1, le=16_384)
     max_classify_texts: int = Field(default=256, ge=1, le=16_384)
     max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")
     max_queued_texts: int = Field(default=2048, ge=1, description="Waiting classify texts; beyond it 503.")
+    max_batch_texts: int = Field(
+        default=64, ge=1, le=16_384, description="Texts that wait together and run together. 1: no batching."
+    )
+    classify_deadline_seconds: float = Field(
+        default=30.0, gt=0, description="Without an answer by then, 503. A client may ask for less, not for more."
+    )
+
+    traces: bool = Field(
+        default=False, description="OpenTelemetry traces; needs `letheon[otel]`. OTEL_… variables say where they go."
+    )
 
     # The frozen model
     model: str = Field(default="", description="Hub id, local directory or GGUF file. Empty = the pulled demo model.")

@@ -129,6 +129,7 @@ class UnlearnRequest(Base):
     sealed_texts: Mapped[bytes | None] = mapped_column(LargeBinary)
 
     attempt: Mapped[int] = mapped_column(default=0)  # fences off a worker that lost its lease
+    lease_expiries: Mapped[int] = mapped_column(default=0, server_default="0")  # `attempt` may go down again, this not
     lease_owner: Mapped[str | None] = mapped_column(String(100))
     lease_expires_at: Mapped[datetime | None]
     last_step_at: Mapped[datetime | None]  # a heartbeat proves a live process, this proves progress

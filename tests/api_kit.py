@@ -103,14 +103,17 @@ def running(database_url: str, home: Path, *, llm: FrozenLLM | None = None, **ch
 
 
 @contextmanager
-def listening(database_url: str, home: Path, **changes: Any) -> Iterator[tuple[str, FastAPI, Callable[[], None]]]:
+def listening(
+    database_url: str, home: Path, *, port: int = 0, **changes: Any
+) -> Iterator[tuple[str, FastAPI, Callable[[], None]]]:
     """The application behind the real server on a loopback port: its address, the app, and a stop that waits."""
     db.upgrade(database_url)
     settings = make_settings(database_url, home, **changes)
     app = create_app(settings, tiny_llm())
     server = make_server(app, settings)
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
 
     def stop() -> None:

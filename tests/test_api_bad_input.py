@@ -259,6 +259,7 @@ OPERATIONS = [
     ("GET", "/admin/prompts", "admin", None),
     ("GET", "/admin/prompts/prm_" + "0" * 28, "admin", None),
     ("POST", "/admin/prompts/prm_" + "0" * 28 + "/revoke", "admin", {"reason": MARKER}),
+    ("GET", "/metrics", "metrics", None),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -131,6 +132,71 @@ def test_a_caller_that_left_is_skipped(gate: Gate, batcher: Batcher[list[int], i
     assert gate.batches == [[[0]], [[2]]]
     with pytest.raises(CancelledError):
         left.result(0)
+
+
+def test_a_place_in_the_queue_is_free_when_its_caller_leaves(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    assert batcher.oldest == 0.0 < batcher.running
+    waiting = [batcher.submit([n]) for n in range(6)]
+    assert batcher.queued == 6 and batcher.oldest > 0
+    with pytest.raises(Overloaded):
+        batcher.submit([6])
+    assert waiting[0].cancel() and waiting[3].cancel()
+    assert batcher.queued == 4
+    late = batcher.submit([6, 0])
+    assert not first.cancel(), "it runs already"
+    gate.open.set()
+    assert (first.result(10), late.result(10)) == (0, 6)
+    assert [waiting[n].result(10) for n in (1, 2, 4, 5)] == [1, 2, 4, 5]
+    assert gate.batches == [[[0]], [[1], [2], [4], [5]], [[6, 0]]]
+    assert (batcher.queued, batcher.oldest) == (0, 0.0)
+
+
+def test_leaving_while_batches_are_taken_never_loses_count() -> None:
+    def run(jobs: list[list[int]]) -> list[int]:
+        time.sleep(0.0002)
+        return [sum(job) for job in jobs]
+
+    batcher: Batcher[list[int], int] = Batcher(run, weigh=len, max_batch=4, max_queued=10_000)
+    answered = []
+    for n in range(3000):
+        future = batcher.submit([n] * (1 + n % 3))
+        if n % 2 and future.cancel():
+            continue
+        answered.append((future, n * (1 + n % 3)))
+    assert [future.result(20) for future, _ in answered] == [wanted for _, wanted in answered]
+    assert len(answered) < 3000
+    assert batcher.queued == 0
+    batcher.close(10)
+
+
+def test_callers_that_come_back_share_their_batches() -> None:
+    """Without the wait they would take turns in two groups, each of which finds the other one running."""
+    sizes: list[int] = []
+
+    def run(jobs: list[list[int]]) -> list[int]:
+        sizes.append(len(jobs))
+        time.sleep(0.05)
+        return [sum(job) for job in jobs]
+
+    batcher: Batcher[list[int], int] = Batcher(run, weigh=len, max_batch=16, max_queued=100)
+    turns = iter(range(10_000))
+
+    def ask(number: int) -> None:
+        time.sleep(0.01 * number)  # they do not begin together
+        while next(turns) < 120:
+            batcher.submit([1]).result(20)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statistics.median(sizes) == 8
+    for _ in range(5):
+        batcher.submit([1]).result(20)
+    assert sizes[-5:] == [1] * 5
+    batcher.close(10)
 
 
 def test_close_finishes_the_running_batch_and_refuses_the_rest(gate: Gate, batcher: Batcher[list[int], int]) -> None:

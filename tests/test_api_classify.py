@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ def test_activation_and_revocation_reach_the_next_call(api: Api) -> None:
     api.client.post(f"/admin/prompts/{ids[1]}/revoke", json={"reason": "withdrawn"}, headers=headers)
     assert scores(api, headers) == bare, "bit for bit as before"
     assert versions == sorted(set(versions))
-    assert api.client.get(f"/admin/prompts/{ids[0]}", headers=headers).json() == revoked.json()
+    record = api.client.get(f"/admin/prompts/{ids[0]}", headers=headers).json()
+    assert {**record, "active_set_version": versions[-1]} == revoked.json(), "the answer names the set without it"
     request = api.client.get(f"/unlearn-requests/{revoked.json()['request_id']}", headers=headers).json()
     assert request["state"] == "revoked"
 
@@ -200,15 +202,55 @@ def test_a_full_queue_is_a_503_with_retry_after(tmp_path: Path) -> None:
         serving = api.service.serving
         answers: list[int] = []
         with serving._lock:  # the model thread stops where it would confirm the active set
-            running_one = serving.submit(["a"])
-            wait_until(lambda: serving._batcher._queued == 0)
-            waiting = serving.submit(["b"])
+            running_one = serving.submit(serving.encode(["a"]))
+            wait_until(lambda: serving._batcher.queued == 0)
+            waiting = serving.submit(serving.encode(["b"]))
             response = api.client.post("/classify", json={"text": TEXT}, headers=headers)
             assert_problem(response, 503, "overloaded")
             assert 1 <= int(response.headers["retry-after"]) <= 60
             answers.append(response.status_code)
         assert len(running_one.result(20).results) == len(waiting.result(20).results) == 1
         assert api.client.post("/classify", json={"text": TEXT}, headers=headers).status_code == 200
+
+
+def test_a_client_that_sets_a_deadline_is_not_kept_waiting(tmp_path: Path) -> None:
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, classify_deadline_seconds=0.3) as api:
+        headers = api.key("classify")
+        serving = api.service.serving
+        with serving._lock:  # the model thread stops where it would confirm the active set
+            running_one = serving.submit(serving.encode(["a"]))
+            wait_until(lambda: serving._batcher.running > 0)
+            for allowed in ({}, {"timeout_seconds": 0.05}, {"timeout_seconds": 3600}):
+                response = api.client.post("/classify", json={"text": TEXT, **allowed}, headers=headers)
+                problem = assert_problem(response, 503, "deadline-exceeded")
+                assert response.headers["retry-after"] == "1" and TEXT not in str(problem)
+                assert serving._batcher.queued == 0, "who stops waiting leaves the queue"
+            wait_until(lambda: serving._batcher.running > 0.3)
+            assert_problem(api.client.get("/readyz"), 503, "not-ready")
+        assert len(running_one.result(20).results) == 1
+        assert api.client.get("/readyz").status_code == 200
+        assert api.client.post("/classify", json={"text": TEXT}, headers=headers).status_code == 200
+        for wrong in (0, -1, float("inf"), "1"):
+            content = json.dumps({"text": TEXT, "timeout_seconds": wrong})
+            json_headers = {**headers, "Content-Type": "application/json"}
+            response = api.client.post("/classify", content=content, headers=json_headers)
+            assert_problem(response, 422, "invalid-input")
+
+
+def test_a_client_may_name_the_version_it_knows_of(api: Api) -> None:
+    headers = api.key()
+    prompt_id = add_prompt(api.service, soft_prompt(10))
+    revoked = api.client.post(f"/admin/prompts/{prompt_id}/revoke", json={"reason": "withdrawn"}, headers=headers)
+    version = revoked.json()["active_set_version"]
+    for known in (0, version - 1, version):
+        answer = api.client.post("/classify", json={"text": TEXT, "min_version": known}, headers=headers)
+        assert answer.json()["active_set_version"] == version
+    response = api.client.post("/classify", json={"text": TEXT, "min_version": version + 1}, headers=headers)
+    problem = assert_problem(response, 503, "not-ready")
+    assert (problem["active_set_version"], response.headers["retry-after"]) == (version, "1")
+    for wrong in (-1, 2**31, 1.5, "1"):
+        response = api.client.post("/classify", json={"text": TEXT, "min_version": wrong}, headers=headers)
+        assert_problem(response, 422, "invalid-input")
 
 
 def test_readyz_turns_red_when_the_model_thread_is_gone(api: Api) -> None:

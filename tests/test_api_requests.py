@@ -235,6 +235,7 @@ def test_openapi(tmp_path: Path) -> None:
         "restore_active_set": ("post", "/admin/active-sets/{version}/restore"),
         "livez": ("get", "/livez"),
         "readyz": ("get", "/readyz"),
+        "scrape": ("get", "/metrics"),
     }
     schemas = document["components"]["schemas"]
     assert {"Problem", "FieldError"} <= set(schemas) and "HTTPValidationError" not in schemas

@@ -255,3 +255,30 @@ def test_the_real_server_classifies_many_at_once(tmp_path: Path) -> None:
             thread.join(30)
         assert answers == [200] * 60
         assert len(first.result(0).results) == 1
+
+
+def test_clients_that_go_away_leave_the_queue(served: tuple[str, Service], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    url, service = served
+    key = new_key(service)["Authorization"]
+    serving = service.serving
+    body = b'{"text": "a good film"}'
+    parts = urlsplit(url)
+    head = f"POST /classify HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving._lock:  # the model thread stops where it would confirm the active set
+        first = serving.submit(serving.encode(["the film"]))
+        wait_until(lambda: serving._batcher.running > 0)
+        sockets = [socket.create_connection((parts.hostname, parts.port)) for _ in range(5)]
+        for connection in sockets:
+            connection.sendall(head.encode() + body)
+        wait_until(lambda: serving._batcher.queued == 5)
+        for connection in sockets[:3]:
+            connection.close()
+        wait_until(lambda: serving._batcher.queued == 2)
+    assert len(first.result(20).results) == 1
+    for connection in sockets[3:]:
+        connection.settimeout(20)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.close()
+    wait_until(lambda: caplog.text.count("POST /classify 499") == 3)

@@ -22,6 +22,7 @@ from worker_kit import MARKER, forget_texts, wait_for, write_retain
 
 from app import active_set, db, job_queue, lifecycle
 from app.lifecycle import Claim
+from app.metrics import Metrics
 from app.serving import Serving
 from app.settings import Mode, Settings
 from app.stack import Stack, StackReader
@@ -643,9 +644,9 @@ def test_texts_of_ended_requests_stay_out_of_the_retain_set(context: Context) ->
 
 def answer(context: Context, text: str) -> Classification:
     """What the service says, with the code that serves."""
-    serving = Serving(context.llm, context.sessions, context.vault, context.settings)
+    serving = Serving(context.llm, context.sessions, context.vault, context.settings, Metrics())
     try:
-        return serving.submit([text]).result(20).results[0]
+        return serving.submit(serving.encode([text])).result(20).results[0]
     finally:
         serving.close()
 

@@ -17,6 +17,7 @@ from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode
 from app.stack import Stack
 from app.tracebacks import where
+from app.tracing import span
 from models.canaries import make_canaries
 from models.errors import (
     CheckpointError,
@@ -99,7 +100,8 @@ class Job:
         forget = [Example(item.text, item.label) for item in texts]
         self.read_stack()  # of another mode or model: better known before the training than after
         retain = self.retain_set(forget)
-        around = self.look_around(forget, retain) if self.alone else None
+        with span("letheon.gate"):
+            around = self.look_around(forget, retain) if self.alone else None
         near = retain if around is None else around.near
         subjects = 1 if around is None else around.subjects
         first = training_config(self.settings, request.options, subjects=subjects)
@@ -112,14 +114,16 @@ class Job:
         assert plan is not None
         prompt: SoftPrompt | None = None
         while True:
-            result = self.train(plan, prompt, forget, near)
+            with span("letheon.train"):
+                result = self.train(plan, prompt, forget, near)
             if result.stopped == "cancelled":
                 raise Stopped
             self.reporter.flush()
             self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
             self.reporter.phase("evaluating")
             try:
-                return self.check_and_activate(result, forget, retain, around, tries)
+                with span("letheon.checks"):
+                    return self.check_and_activate(result, forget, retain, around, tries)
             except ChecksFailed as failed:
                 tries = [*tries, record_of(plan, result, failed)]
                 plan = next_try(first, [found["missed"] for found in tries], max_tries=self.settings.max_tries)

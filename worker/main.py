@@ -17,7 +17,7 @@ from typing import Any
 from celery import signals
 from sqlalchemy import Engine
 
-from app import active_set, broker, db
+from app import active_set, broker, db, tracing
 from app.defaults import load_arguments, resolve_retain
 from app.errors import LetheonError, ModeMismatch
 from app.settings import Settings, get_settings
@@ -42,7 +42,10 @@ def run(settings: Settings) -> int:
     parent = os.environ.get("LETHEON_EXIT_WITH_PARENT", "")
     if parent.isdigit():
         exit_with_parent(int(parent))
+    if settings.traces:
+        tracing.require()
     context = prepare(settings)
+    stop_tracing = tracing.start("letheon-worker") if settings.traces else None
     celery = broker.make_celery(settings)
 
     def on_death() -> None:
@@ -94,6 +97,8 @@ def run(settings: Settings) -> int:
         signals.worker_shutting_down.disconnect(stop)
         trainer.join()  # the checkpoint is being stored
         reaper.join()
+        if stop_tracing is not None:
+            stop_tracing()
     return 1 if trainer.crashed or reaper.crashed else int(worker.exitcode or 0)
 
 

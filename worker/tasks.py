@@ -16,6 +16,7 @@ from app import active_set, job_queue
 from app.errors import LeaseLost
 from app.settings import Mode
 from app.tracebacks import where
+from app.tracing import span
 from models.examples import Example
 from worker.concatenated import recheck
 from worker.context import Context, unforgotten, why_unreadable
@@ -51,9 +52,13 @@ def run_job(context: Context, request_id: str) -> bool:
         return False
     log.info("%s: attempt %d starts", request_id, claim.attempt)
     try:
-        with Heartbeat(
-            context.sessions, claim, lease_seconds=settings.lease_seconds, every=settings.heartbeat_seconds
-        ) as heartbeat:
+        # A trace of its own: the message is a doorbell and the trainer asks the database, so no submit leads here.
+        with (
+            span("letheon.attempt", request=request_id, attempt=claim.attempt),
+            Heartbeat(
+                context.sessions, claim, lease_seconds=settings.lease_seconds, every=settings.heartbeat_seconds
+            ) as heartbeat,
+        ):
             return Job(context, claim, heartbeat).run()
     except LeaseLost:
         log.warning("%s: attempt %d lost its lease; nothing more is written", request_id, claim.attempt)

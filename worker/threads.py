@@ -13,19 +13,17 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import job_queue
+from app import db, job_queue
 from app.errors import LeaseLost
 from app.lifecycle import Claim
 from app.tracebacks import where
 
 log = logging.getLogger("letheon.worker")
 
-TRANSIENT = (OperationalError, InterfaceError, PoolTimeout)
-"""What a database says when it restarts, is locked, is full or cannot be reached."""
+TRANSIENT = db.UNANSWERED
 
 
 class Heartbeat:

@@ -11,7 +11,7 @@ from app.auth import AdminCaller
 from app.deps import Cursor, Limit, PromptId, ServiceDep
 from app.errors import BodyTooLarge, Conflict, Forbidden, InvalidInput, MalformedBody, NotFound, Unauthenticated
 from app.problems import UnsupportedMediaType, problems
-from app.schemas import ActiveSetOut, ActiveSetPage, PromptOut, PromptPage, RestoreIn, RevokeIn
+from app.schemas import ActiveSetOut, ActiveSetPage, PromptOut, PromptPage, RestoreIn, RevokedOut, RevokeIn
 from app.tables import PromptState
 
 router = APIRouter(tags=["admin"], responses=problems(Unauthenticated, Forbidden, InvalidInput))
@@ -40,13 +40,15 @@ def get_prompt(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) ->
 
 @router.post(
     "/admin/prompts/{prompt_id}/revoke",
-    response_model=PromptOut,
+    response_model=RevokedOut,
     responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, UnsupportedMediaType),
 )
 def revoke_prompt(caller: AdminCaller, prompt_id: PromptId, body: RevokeIn, service: ServiceDep) -> Any:
     """Take a prompt out of force, on every replica: a classification that starts after this answer goes without it."""
     with service.sessions.begin() as session:
-        return active_set.revoke_prompt(session, prompt_id, actor=caller.key_id, reason=body.reason)
+        prompt = active_set.revoke_prompt(session, prompt_id, actor=caller.key_id, reason=body.reason)
+        found = PromptOut.model_validate(prompt).model_dump()
+        return {**found, "active_set_version": active_set.read_active_set(session).version}
 
 
 Version = Annotated[int, Path(ge=0, le=2**31 - 1, description="Of the active set.")]

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.auth import ClassifyCaller
 from app.deps import ServiceDep
 from app.errors import (
     BodyTooLarge,
+    ClientGone,
+    DeadlineExceeded,
     Forbidden,
     InvalidInput,
+    LetheonError,
     MalformedBody,
     NotReady,
     Overloaded,
     Unauthenticated,
 )
-from app.limits import check_count, check_texts
+from app.limits import check_count, encode_texts
+from app.metrics import Refusal
 from app.problems import UnsupportedMediaType, invalid, problems
 from app.schemas import ClassifyIn, ClassifyOut
+from app.serving import Answer, Encoded, Serving
 
 router = APIRouter(tags=["classify"])
+
+REFUSALS: dict[type[LetheonError], Refusal] = {
+    Overloaded: "overloaded",
+    DeadlineExceeded: "deadline",
+    ClientGone: "disconnected",
+    NotReady: "not-ready",
+}
 
 
 @router.post(
@@ -39,9 +53,10 @@ router = APIRouter(tags=["classify"])
         InvalidInput,
         NotReady,
         Overloaded,
+        DeadlineExceeded,
     ),
 )
-async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep) -> Any:
+async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep, request: Request) -> Any:
     """A label for each text, or `unknown`. 503 when the active set cannot be confirmed: never an unprompted answer.
 
     Scores leak the forgotten label of an abstained text, so they need a scope of their own.
@@ -56,8 +71,18 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
     else:
         check_count("texts", len(body.texts), service.settings.max_classify_texts)
         fields = [(f"texts[{i}]", text) for i, text in enumerate(body.texts)]
-    await run_in_threadpool(check_texts, service.serving, fields)
-    answer = await asyncio.wrap_future(service.serving.submit([text for _, text in fields]))
+    deadline = time.monotonic() + min(body.timeout_seconds or math.inf, service.settings.classify_deadline_seconds)
+    texts = await run_in_threadpool(encode_texts, service.serving, fields)
+    try:
+        answer = await _answer(request, service.serving, texts, deadline)
+        if answer.active_set_version < (body.min_version or 0):
+            raise NotReady(
+                f"the active set has version {answer.active_set_version}, which is below min_version",
+                active_set_version=answer.active_set_version,
+            )
+    except tuple(REFUSALS) as error:
+        service.metrics.refused(next(reason for kind, reason in REFUSALS.items() if isinstance(error, kind)))
+        raise
     results = []
     for found in answer.results:
         result: dict[str, Any] = {"label": found.label, "abstained": found.abstained}
@@ -65,3 +90,27 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
             result |= {"confidence": found.confidence, "scores": found.probabilities}
         results.append(result)
     return {"results": results, "active_set_version": answer.active_set_version}
+
+
+async def _answer(request: Request, serving: Serving, texts: list[Encoded], deadline: float) -> Answer:
+    """Raises DeadlineExceeded, NotReady, Overloaded, ClientGone. Whoever stops waiting leaves the queue."""
+    future = serving.submit(texts)
+    answer: asyncio.Future[Any] = asyncio.wrap_future(future)
+    gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
+    try:
+        wait = max(0.0, deadline - time.monotonic())
+        await asyncio.wait({answer, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            found: Answer = answer.result()
+            return found
+        if gone.done():
+            raise ClientGone("the client has closed the connection")
+        raise DeadlineExceeded("no answer in the time allowed; the server is busy")
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
