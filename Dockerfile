@@ -10,8 +10,8 @@ ENV PATH=/opt/venv/bin:$PATH
 RUN pip install ${PIP_ARGS} torch==2.13.0
 COPY pyproject.toml README.md ./
 # Only the dependencies, so that a change of our code does not install them again.
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-      > /tmp/requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+      print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" > /tmp/requirements.txt \
     && pip install ${PIP_ARGS} -r /tmp/requirements.txt
 COPY . .
 # Editable: the migrations are found beside the packages.

@@ -33,11 +33,11 @@ def compose() -> dict[str, Any]:
 
 
 def test_the_services_that_are_promised(compose: dict[str, Any]) -> None:
-    assert set(compose["services"]) == {*LETHEON, "postgres", "redis"}
+    assert set(compose["services"]) == {*LETHEON, "gateway", "postgres", "redis"}
 
 
 def test_long_running_services_have_health_checks_and_restart(compose: dict[str, Any]) -> None:
-    for name in ("api", "worker", "postgres", "redis"):
+    for name in ("api", "gateway", "worker", "postgres", "redis"):
         service = compose["services"][name]
         assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
         assert service["restart"] == "unless-stopped", name
@@ -57,7 +57,7 @@ def test_dependencies_exist_and_wait_for_the_right_thing(compose: dict[str, Any]
 
 
 def test_volumes_and_networks_are_declared(compose: dict[str, Any]) -> None:
-    used = {v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", [])}
+    used = {v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", []) if v[0] != "."}
     assert used == set(compose["volumes"]) == {"letheon-home", "postgres-data", "redis-data"}
     assert {n for s in compose["services"].values() for n in s["networks"]} == set(compose["networks"])
     for name in ("postgres", "redis"):
@@ -79,7 +79,7 @@ def test_secrets_come_from_the_environment_and_must_be_set(compose: dict[str, An
 
 def test_every_setting_that_is_named_exists(compose: dict[str, Any]) -> None:
     known = {f"LETHEON_{name.upper()}" for name in Settings.model_fields} | {"DATABASE_URL", "BROKER_URL"}
-    others = {"HF_HOME", "POSTGRES_PASSWORD", "PIP_ARGS", "LETHEON_URL", "LETHEON_BIND"}
+    others = {"HF_HOME", "POSTGRES_PASSWORD", "PIP_ARGS", "LETHEON_URL", "LETHEON_BIND", "OTEL_EXPORTER_OTLP_ENDPOINT"}
     named = {name for service in LETHEON for name in compose["services"][service]["environment"]}
     named |= set(load("docker-compose.gpu.yml")["services"]["api"]["environment"])
     named |= set(re.findall(r"^#? ?([A-Z_]+)=", (ROOT / ".env.example").read_text(), flags=re.MULTILINE))
@@ -100,7 +100,35 @@ def test_letheon_containers_are_confined(compose: dict[str, Any]) -> None:
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-    assert compose["services"]["api"]["ports"] == ["${LETHEON_BIND:-127.0.0.1}:8600:8600"]
+
+
+def test_api_and_worker_can_be_scaled(compose: dict[str, Any]) -> None:
+    """`--scale` needs services without a port or a name of the host's; only the gateway has a port."""
+    for name, service in compose["services"].items():
+        assert "container_name" not in service and "hostname" not in service, name
+        assert ("ports" in service) == (name == "gateway"), name
+    assert compose["services"]["gateway"]["ports"] == ["${LETHEON_BIND:-127.0.0.1}:8600:8600"]
+
+
+def test_the_gateway_is_confined_and_finds_the_api(compose: dict[str, Any]) -> None:
+    gateway = compose["services"]["gateway"]
+    assert gateway["read_only"] is True and gateway["cap_drop"] == ["ALL"]
+    assert gateway["security_opt"] == ["no-new-privileges:true"]
+    (mount,) = gateway["volumes"]
+    source, target, how = mount.split(":")
+    assert (ROOT / source).is_file() and how == "ro"
+    assert target == "/usr/local/etc/haproxy/haproxy.cfg"  # what the image reads
+    shared = set(gateway["networks"]) & set(compose["services"]["api"]["networks"])
+    assert shared and "backend" not in gateway["networks"]
+    config = (ROOT / source).read_text()
+    command = compose["services"]["api"]["command"]
+    assert f"api:{command[command.index('--port') + 1]}" in config
+
+
+def test_no_key_is_printed_into_a_log_that_is_kept(compose: dict[str, Any]) -> None:
+    for name in LETHEON:
+        assert compose["services"][name]["environment"]["LETHEON_FIRST_KEY"] == "false"
+    assert Settings(_env_file=None, first_key="false").first_key is False
 
 
 def test_the_gpu_override_adds_to_services_that_exist(compose: dict[str, Any]) -> None:
