@@ -18,15 +18,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from app import active_set, db, job_queue, lifecycle
-from app.active_set import TrainedGate
+from app import active_set, db, lifecycle
 from app.defaults import resolve_model, resolve_retain
 from app.lifecycle import ForgetText
 from app.settings import Settings, get_settings
 from app.tables import RequestState
 from bench.routing_cost import synthetic
+from bench.site import put_in_force
 from models.gate_rows import GateRows, space_source
-from models.routing import Route
 from worker.context import Context
 from worker.main import prepare
 from worker.tasks import run_job
@@ -71,7 +70,7 @@ def measure(requests: int, directions: int, console: Console) -> dict[str, Any]:
                 active_set.add_gate_space(session, source, space.to_bytes())
         routes = synthetic(first.llm, space, states, requests, directions)
         for number, route in enumerate(track(routes, "filling the active set", console=console)):
-            put_in_force(last, route, number)
+            put_in_force(last.sessions, last.vault, last.settings, route, [f"synthetic text {number}"])
         texts = [e.text for e in first.retain if NAME in e.text][:TEXTS]
         found = {name: activate(context, texts) for name, context in (("first", first), ("last", last))}
     training = sum(f["training_seconds"] for f in found.values()) / 2
@@ -97,36 +96,6 @@ def sibling(context: Context, home: Path) -> Context:
     return replace(
         context, settings=settings, sessions=db.make_sessions(db.make_engine(settings.effective_database_url))
     )
-
-
-def put_in_force(context: Context, route: Route, number: int) -> None:
-    """Take a request through its states until a synthetic prompt is active for it."""
-    request_id = submit(context, [f"synthetic text {number}"])
-    settings, prompt, gate = context.settings, route.prompt, route.gate
-    with context.sessions.begin() as session:
-        claim = job_queue.claim(
-            session,
-            request_id,
-            owner="bench",
-            lease_seconds=settings.lease_seconds,
-            max_attempts=settings.max_attempts,
-        )
-        assert claim is not None
-    with context.sessions.begin() as session:
-        lifecycle.start_evaluating(session, claim)
-        active_set.activate(
-            session,
-            context.vault,
-            claim,
-            prompt=prompt.to_bytes(),
-            digest=prompt.digest,
-            fingerprint=prompt.fingerprint,
-            num_virtual_tokens=prompt.num_virtual_tokens,
-            hidden_size=prompt.embeddings.shape[1],
-            metrics={},
-            expected_version=active_set.read_active_set(session).version,
-            gate=TrainedGate(gate.to_bytes(), gate.digest, gate.space),
-        )
 
 
 def submit(context: Context, texts: list[str]) -> str:

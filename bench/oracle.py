@@ -23,26 +23,36 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 from torch import Tensor
 
 from bench.overlaps import members_of, overlapping
-from bench.tuned import FINETUNE, LABELS, SETS, add_arguments, digest_of, kept_prompt, parse, record, write
+from bench.tuned import (
+    FINETUNE,
+    LABELS,
+    SETS,
+    add_arguments,
+    digest_of,
+    kept_answers,
+    kept_prompt,
+    parse,
+    record,
+    tune_once,
+)
 from models.evaluation import RowAnswers, label_ids, row_answers
 from models.examples import Example, digest_examples, read_examples
-from models.finetune import FinetuneConfig, FinetuneProgress, finetune
+from models.finetune import FinetuneConfig
 from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.inference import Classifier
@@ -81,21 +91,11 @@ class Bench:
     def model(self, name: str, rows: Sequence[Example], seed: int) -> FrozenLLM:
         """Tuned on ``rows``, as it would serve."""
         args, adapter = self.args, self.work / name
-        if not (adapter / "adapter_model.safetensors").exists():
-            with Bar(console=self.console) as bar:
-                task = bar.add_task(name, total=None)
-
-                def tick(p: FinetuneProgress) -> None:
-                    bar.update(task, total=p.total_steps, completed=p.step, description=f"{name}, loss {p.loss:.3f}")
-
-                finetune(rows, replace(self.config, output=str(adapter), seed=seed), tick)
+        tune_once(adapter, rows, replace(self.config, seed=seed), self.console)
         return FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
 
     def bare(self, name: str, rows: Sequence[Example], seed: int) -> dict[str, RowAnswers]:
-        path = self.work / f"{name}.pt"
-        if not path.exists():
-            keep(path, self._answers(self.model(name, rows, seed)))
-        return load(path)
+        return kept_answers(self.work / f"{name}.pt", lambda: self._answers(self.model(name, rows, seed)))
 
     def _answers(self, llm: FrozenLLM, *prompts: Any) -> dict[str, RowAnswers]:
         return {name: row_answers(llm, prompts, [e.text for e in rows]) for name, rows in self.rows.items()}
@@ -103,30 +103,44 @@ class Bench:
     def target(self) -> dict[str, dict[str, RowAnswers]]:
         """The target's answers: ``bare``, behind the ``prompt``, and as ``served`` after the request."""
         rows = [*self.pool[: self.members], *self.retain]
-        found = {"bare": self.bare("target", rows, self.args.seed)}
-        paths = {name: self.work / f"target-{name}.pt" for name in ("prompt", "served")}
-        if not all(path.exists() for path in paths.values()):
+        bare = self.bare("target", rows, self.args.seed)
+
+        @cache
+        def forgotten() -> tuple[FrozenLLM, Routes]:
             llm = self.model("target", rows, self.args.seed)
-            forget = self.pool[: self.members]
-            gate_rows = GateRows(llm, self.around, GATE_ROWS, self.work / "gate")
-            around = look_around(llm, gate_rows, gate_rows.fit_space(), forget, max_false_claims=FALSE_CLAIMS)
-            prompt, facts = kept_prompt(
-                self.work / "prompt", llm, lambda: train_soft_prompt(llm, forget, around.near, ROUTED_TRAINING)
-            )
-            self.console.print("prompt", facts)
-            fit = fit_gate(
-                around.states,
-                around.calibration_states,
-                around.space,
-                digests=[],
-                max_false_claims=FALSE_CLAIMS,
-                max_certain_claims=CERTAIN_CLAIMS,
-            )
-            space = around.space
-            routes = Routes([Route(prompt, fit.gate)], {space.digest: space}, fingerprint=llm.fingerprint)
-            keep(paths["prompt"], self._answers(llm, prompt))
-            keep(paths["served"], {n: served(llm, routes, r, found["bare"][n]) for n, r in self.rows.items()})
-        return found | {name: load(path) for name, path in paths.items()}
+            return llm, self.request(llm)
+
+        def prompted() -> dict[str, RowAnswers]:
+            llm, routes = forgotten()
+            return self._answers(llm, routes.routes[0].prompt)
+
+        def as_served() -> dict[str, RowAnswers]:
+            return {name: served(*forgotten(), found, bare[name]) for name, found in self.rows.items()}
+
+        return {
+            "bare": bare,
+            "prompt": kept_answers(self.work / "target-prompt.pt", prompted),
+            "served": kept_answers(self.work / "target-served.pt", as_served),
+        }
+
+    def request(self, llm: FrozenLLM) -> Routes:
+        """The members' request, in force. Its training is that of one subject, whatever the pool holds."""
+        forget = self.pool[: self.members]
+        gate_rows = GateRows(llm, self.around, GATE_ROWS, self.work / "gate")
+        around = look_around(llm, gate_rows, gate_rows.fit_space(), forget, max_false_claims=FALSE_CLAIMS)
+        prompt, facts = kept_prompt(
+            self.work / "prompt", llm, lambda: train_soft_prompt(llm, forget, around.near, ROUTED_TRAINING)
+        )
+        self.console.print("prompt", facts)
+        fit = fit_gate(
+            around.states,
+            around.calibration_states,
+            around.space,
+            digests=[],
+            max_false_claims=FALSE_CLAIMS,
+            max_certain_claims=CERTAIN_CLAIMS,
+        )
+        return Routes([Route(prompt, fit.gate)], {around.space.digest: around.space}, fingerprint=llm.fingerprint)
 
     def shadows(self) -> tuple[Tensor, Tensor]:
         """Log-odds of the pool's true labels (s, n), and which model was tuned on which (s, n) bool."""
@@ -154,7 +168,7 @@ def biggest(data: Path, rows: Sequence[Example], count: int) -> list[Example]:
     Raises SystemExit where there are too few.
     """
     with gzip.open(data / "train_forget.jsonl.gz", "rt", encoding="utf-8") as lines:
-        names = [json.loads(line)["entity"] for line in lines]
+        names = [json.loads(line).get("entity", "") for line in lines]  # bench.split writes none: all are one
     order = [name for name, _ in Counter(names).most_common()]
     by_person = [row for _, row in sorted(zip(names, rows, strict=True), key=lambda pair: order.index(pair[0]))]
     groups = overlapping([row.text for row in by_person])
@@ -177,16 +191,6 @@ def served(llm: FrozenLLM, routes: Routes, rows: Sequence[Example], bare: RowAns
     refused = torch.tensor([a.abstained for a in answers])
     said = torch.where(refused, torch.tensor(llm.verbalizer.generic_ids[-1]), bare.said)
     return RowAnswers(said, scores, bare.among_labels)
-
-
-def keep(path: Path, answers: dict[str, RowAnswers]) -> None:
-    data = io.BytesIO()
-    torch.save({n: (a.said, a.scores, a.among_labels) for n, a in answers.items()}, data)
-    write(path, data.getvalue())
-
-
-def load(path: Path) -> dict[str, RowAnswers]:
-    return {n: RowAnswers(*parts) for n, parts in torch.load(path, weights_only=True).items()}
 
 
 def membership(ratio: Tensor, score: Tensor, members: int) -> dict[str, float]:
@@ -235,10 +239,7 @@ def main() -> None:
     target, oracle = run.target(), run.bare("oracle", run.retain, args.seed)
     shadows, trained = run.shadows()
     n = run.members
-    by_group = {
-        "members": slice(None, n),
-        "not_members": slice(n, None),
-    }
+    by_group = {"members": slice(None, n), "not_members": slice(n, None)}
     llm = run.model("oracle", run.retain, args.seed)
     truth = {name: label_ids(llm, rows) for name, rows in run.rows.items()}
     wanted = {"held_out": truth["held_out"]} | {g: truth["pool"][cut] for g, cut in by_group.items()}

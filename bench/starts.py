@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.frontier import GATE_ROWS, people
-from bench.tuned import Tuned, add_arguments, digest_of, parse, record, slug, tuned, write
+from bench.tuned import Tuned, add_arguments, digest_of, kept_prompt, parse, record, slug, tuned, write
 from models.evaluation import row_answers
 from models.examples import Example, digest_examples
 from models.gate import GateSpace
@@ -39,7 +39,7 @@ from models.soft_prompt import SoftPrompt
 from models.surroundings import ROUTED_TRAINING, look_around
 from models.training import Progress, train_soft_prompt
 
-SIZES = (8,)
+TEXTS = 8  # of a request
 STARTS = ("words", "vocabulary", "generic", "earlier", "words, MLP")
 CONFIG = replace(ROUTED_TRAINING, check_every=10)
 ENCODER = 128  # hidden size of the MLP
@@ -55,7 +55,7 @@ class Bench:
         self.rows = GateRows(self.llm, model.retain, GATE_ROWS, model.work / "gate")
         self.held_out = random.Random(args.seed).sample(self.people[0].held_out, HELD_OUT)
         rows = [digest_examples(found) for found in (*(p.texts for p in self.people), self.held_out)]
-        settings = [asdict(CONFIG), ENCODER, FALSE_CLAIMS, SIZES, args.seed, self.llm.fingerprint]
+        settings = [asdict(CONFIG), ENCODER, FALSE_CLAIMS, TEXTS, args.seed, self.llm.fingerprint]
         self.work = model.work / f"starts-{digest_of(settings, rows)}"
         self.space: GateSpace = self.rows.fit_space()
 
@@ -63,23 +63,25 @@ class Bench:
         """Anything is answered ``unknown``: no retain row has a say."""
         drawn = random.Random(0).sample(self.model.retain, GENERIC_ROWS)
         config = replace(CONFIG, alpha=0.0, beta=0.0, max_steps=CONFIG.min_steps, check_every=1000)
-        return self._kept("generic", lambda: train_soft_prompt(self.llm, drawn, drawn, config).prompt)
+        return kept_prompt(self.work / "generic", self.llm, lambda: train_soft_prompt(self.llm, drawn, drawn, config))[
+            0
+        ]
 
     def vocabulary(self, seed: int) -> SoftPrompt:
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(self.llm.model.config.vocab_size, (CONFIG.num_virtual_tokens,), generator=draw)
         return SoftPrompt(self.llm.embed(ids.to(self.llm.device)).detach().float().cpu(), self.llm.fingerprint)
 
-    def trained(self, who: int, size: int, start: str) -> tuple[dict[str, Any], SoftPrompt]:
+    def trained(self, who: int, start: str) -> tuple[dict[str, Any], SoftPrompt]:
         """Facts on one training, and its prompt."""
         person = self.people[who]
-        path = self.work / f"{slug(person.name)}-{size}-{slug(start).replace(',', '')}"
+        path = self.work / f"{slug(person.name)}-{slug(start).replace(',', '')}"
         if path.with_suffix(".json").exists():
             prompt = SoftPrompt.from_bytes(
                 path.with_suffix(".safetensors").read_bytes(), fingerprint=self.llm.fingerprint
             )
             return json.loads(path.with_suffix(".json").read_text()), prompt
-        forget = person.texts[:size]
+        forget = person.texts[:TEXTS]
         near = look_around(self.llm, self.rows, self.space, forget, max_false_claims=FALSE_CLAIMS).near
         config = replace(CONFIG, encoder_hidden_size=ENCODER) if start == "words, MLP" else CONFIG
         checks: dict[int, tuple[float, float]] = {}
@@ -88,13 +90,11 @@ class Bench:
             if p.step % CONFIG.check_every == 0 and p.forget_abstain is not None and p.retain_accuracy is not None:
                 checks[p.step] = p.forget_abstain, p.retain_accuracy
 
-        result = train_soft_prompt(
-            self.llm, forget, near, config, start=self._start(who, size, start), on_progress=note
-        )
-        unseen = person.texts[max(SIZES) :]
+        result = train_soft_prompt(self.llm, forget, near, config, start=self._start(who, start), on_progress=note)
+        unseen = person.texts[TEXTS:]
         found = {
             "person": person.name,
-            "texts": size,
+            "texts": TEXTS,
             "start": start,
             "steps": result.steps,
             "converged": result.stopped == "converged",
@@ -108,27 +108,21 @@ class Bench:
         write(path.with_suffix(".json"), json.dumps(found).encode())
         return found, result.prompt
 
-    def _start(self, who: int, size: int, start: str) -> SoftPrompt | None:
+    def _start(self, who: int, start: str) -> SoftPrompt | None:
         if start == "vocabulary":
-            return self.vocabulary(100 * who + size)
+            return self.vocabulary(100 * who + TEXTS)
         if start == "generic":
             return self.generic()
         if start == "earlier":
-            return self.trained(who - 1, size, "words")[1]  # the first one's is the last one's
+            return self.trained(who - 1, "words")[1]  # the first one's is the last one's
         return None
 
     def _abstain(self, prompt: SoftPrompt, rows: Sequence[Example]) -> float:
         return float(row_answers(self.llm, [prompt], [e.text for e in rows]).abstained.double().mean())
 
-    def _kept(self, name: str, make: Any) -> SoftPrompt:
-        path = self.work / f"{name}.safetensors"
-        if not path.exists():
-            write(path, make().to_bytes())
-        return SoftPrompt.from_bytes(path.read_bytes(), fingerprint=self.llm.fingerprint)
-
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
-    """Of each start, over people and sizes."""
+    """Of each start, over people."""
     out: dict[str, dict[str, float | int | None]] = {}
     for start in STARTS:
         rows = [row for row in found if row["start"] == start]
@@ -150,13 +144,12 @@ def main() -> None:
     console = Console(stderr=True)
     run = Bench(tuned(args, console), args)
     found = []
-    for size in SIZES:
-        for who in range(len(run.people)):
-            for start in STARTS:
-                found.append(run.trained(who, size, start)[0])
-                console.print({k: v for k, v in found[-1].items() if k != "checks"})
+    for who in range(len(run.people)):
+        for start in STARTS:
+            found.append(run.trained(who, start)[0])
+            console.print({k: v for k, v in found[-1].items() if k != "checks"})
     by_start = summary(found)
-    table = Table(title="over people and sizes")
+    table = Table(title="over people")
     for column in ("start", *next(iter(by_start.values()))):
         table.add_column(column, justify="right")
     for name, figures in by_start.items():

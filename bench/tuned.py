@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
 
+from models.evaluation import RowAnswers
 from models.examples import Example, digest_examples, read_examples
 from models.finetune import FinetuneConfig, FinetuneProgress, finetune
 from models.llm import FrozenLLM
@@ -71,17 +74,32 @@ def tuned(args: argparse.Namespace, console: Console) -> Tuned:
     adapter = SHIPPED / work.name  # its digest names the data and the settings
     if not adapter.exists():
         adapter = work / "adapter"
-    if not (adapter / "adapter_model.safetensors").exists():
-        with Bar(console=console) as bar:
-            task = bar.add_task("fine-tuning", total=None)
-
-            def tick(p: FinetuneProgress) -> None:
-                bar.update(task, total=p.total_steps, completed=p.step, description=f"fine-tuning, loss {p.loss:.3f}")
-
-            finetune(rows, replace(tuning, output=str(adapter)), tick)
+    tune_once(adapter, rows, tuning, console)
     unpack(SHIPPED / work.name / "made", work)
     llm = FrozenLLM.load(args.base, adapter=str(adapter), quantization=args.quantization, template=args.template)
     return Tuned(llm, adapter, sets, retain, work)
+
+
+def tune_once(adapter: Path, rows: Sequence[Example], tuning: FinetuneConfig, console: Console) -> None:
+    """Fine-tune into the folder ``adapter``, unless an earlier run did."""
+    if (adapter / "adapter_model.safetensors").exists():
+        return
+    with Bar(console=console) as bar:
+        task = bar.add_task(adapter.name, total=None)
+
+        def tick(p: FinetuneProgress) -> None:
+            bar.update(task, total=p.total_steps, completed=p.step, description=f"{adapter.name}, loss {p.loss:.3f}")
+
+        finetune(rows, replace(tuning, output=str(adapter)), tick)
+
+
+def kept_answers(path: Path, make: Callable[[], Mapping[str, RowAnswers]]) -> dict[str, RowAnswers]:
+    """Answers by set: from ``path`` where an earlier run left them."""
+    if not path.exists():
+        data = io.BytesIO()
+        torch.save({n: (a.said, a.scores, a.among_labels) for n, a in make().items()}, data)
+        write(path, data.getvalue())
+    return {n: RowAnswers(*parts) for n, parts in torch.load(path, weights_only=True).items()}
 
 
 def kept_prompt(path: Path, llm: FrozenLLM, train: Callable[[], TrainingResult]) -> tuple[SoftPrompt, dict[str, Any]]:

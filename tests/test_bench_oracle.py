@@ -14,7 +14,7 @@ from bench_kit import write_sets
 from matplotlib import pyplot as plt
 from tiny_models import make_tiny_model
 
-from bench import frontier, oracle, plots, starts
+from bench import frontier, oracle, plots, starts, tuned
 from bench.overlaps import members_of, overlapping
 from models.evaluation import RowAnswers
 
@@ -79,7 +79,7 @@ def test_models_with_and_without_the_texts(
     figure = plots.oracle(found)
     assert [bar.get_height() for bar in figure.axes[1].patches] == [x["lira_auc"] for x in found["membership"].values()]
     plt.close(figure)
-    monkeypatch.setattr(oracle, "finetune", None)
+    monkeypatch.setattr(tuned, "finetune", None)
     monkeypatch.setattr(oracle, "train_soft_prompt", None)
     oracle.main()
     assert json.loads(capsys.readouterr().out) == found
@@ -92,7 +92,7 @@ def test_every_start_is_tried_on_the_same_requests(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(frontier, "PEOPLE", ("zaq", "wub"))
-    monkeypatch.setattr(starts, "SIZES", (2, 4))
+    monkeypatch.setattr(starts, "TEXTS", 4)
     monkeypatch.setattr(starts, "HELD_OUT", 20)
     monkeypatch.setattr(starts, "GENERIC_ROWS", 8)
     quick = replace(starts.CONFIG, num_virtual_tokens=4, min_steps=4, check_every=2, max_doublings=0)
@@ -105,10 +105,10 @@ def test_every_start_is_tried_on_the_same_requests(
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "starts.json").read_text()) == found
     runs = {(row["person"], row["texts"], row["start"]) for row in found["trainings"]}
-    assert runs == {(who, size, start) for who in ("zaq", "wub") for size in (2, 4) for start in starts.STARTS}
+    assert runs == {(who, 4, start) for who in ("zaq", "wub") for start in starts.STARTS}
     for start, figures in found["by_start"].items():
         rows = [row for row in found["trainings"] if row["start"] == start]
-        assert (figures["trainings"], figures["steps_worst"]) == (4, max(row["steps"] for row in rows))
+        assert (figures["trainings"], figures["steps_worst"]) == (2, max(row["steps"] for row in rows))
     figure = plots.starts(found)
     assert sorted(figure.axes[0].lines[0].get_ydata()) == sorted(row["steps"] for row in found["trainings"])
     plt.close(figure)
