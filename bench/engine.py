@@ -20,6 +20,17 @@ from models.text_states import text_states
 
 TOKENS = 30
 Way = Callable[[int], object]
+STACKS = {"bare": 0, "active": 1, "active_k4": 4}
+"""Prompts before every query."""
+RATIOS = {
+    "active_over_bare": ("active", "bare"),
+    "over_peft": ("active", "peft"),
+    "over_peft_k4": ("active_k4", "peft_k4"),
+    "over_peft_plain": ("active", "peft_plain"),
+    "routed_unclaimed_over_bare": ("routed_unclaimed", "bare"),
+    "routed_claimed_over_bare": ("routed_claimed", "bare"),
+}
+"""Throughput of the one way over that of the other."""
 
 
 def prompt(llm: FrozenLLM, seed: int) -> SoftPrompt:
@@ -75,7 +86,7 @@ def by_length(llm: FrozenLLM, texts: Sequence[str], size: int) -> list[list[str]
 def ways(llm: FrozenLLM, batches: Sequence[Sequence[str]]) -> dict[str, Way]:
     """What answers batch ``n`` of texts, by name."""
     classifier = Classifier(llm)
-    stacks = {"bare": [], "active": [prompt(llm, 0)], "active_k4": [prompt(llm, seed) for seed in range(4)]}
+    stacks = {name: [prompt(llm, seed) for seed in range(count)] for name, count in STACKS.items()}
     peft = {
         "peft": Peft(llm, _soft(stacks["active"]), last_only=True),
         "peft_k4": Peft(llm, _soft(stacks["active_k4"]), last_only=True),
@@ -111,12 +122,7 @@ def over(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float:
 
 def figures(seconds: Mapping[str, Sequence[float]], texts: int) -> dict[str, float]:
     return {
-        "active_over_bare": over(seconds, "active", "bare"),
-        "routed_unclaimed_over_bare": over(seconds, "routed_unclaimed", "bare"),
-        "routed_claimed_over_bare": over(seconds, "routed_claimed", "bare"),
-        "over_peft": over(seconds, "active", "peft"),
-        "over_peft_k4": over(seconds, "active_k4", "peft_k4"),
-        "over_peft_plain": over(seconds, "active", "peft_plain"),
+        **{name: over(seconds, one, other) for name, (one, other) in RATIOS.items()},
         "texts_per_second": texts / statistics.median(seconds["active"]),
         "texts_per_second_bare": texts / statistics.median(seconds["bare"]),
     }
@@ -129,7 +135,7 @@ def differences(llm: FrozenLLM, texts: Sequence[str]) -> dict[str, float]:
     The last is the check that what is compared with does the same thing.
     """
     classifier, found = Classifier(llm), {}
-    stacks = {"bare": [], "active": [prompt(llm, 0)], "active_k4": [prompt(llm, seed) for seed in range(4)]}
+    stacks = {name: [prompt(llm, seed) for seed in range(count)] for name, count in STACKS.items()}
     rows = llm.rows(texts)
     for name, stack in stacks.items():
         soft = _soft(stack) if stack else None

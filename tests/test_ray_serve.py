@@ -235,7 +235,7 @@ def test_ray_logs_nothing_that_a_client_sent(served: Served) -> None:
     wait_for(lambda: "POST /classify 200" in served.ray.output(), "the access log")
     texts = {file: file.read_text(errors="replace") for file in served.logs.rglob("*") if file.is_file()}
     assert any("letheon.access" in text for text in texts.values())
-    key = served.headers["Authorization"].rpartition("_")[2]
+    key = served.headers["Authorization"].split("_", 2)[2]
     for wanted in (*SECRETS.values(), MASTER_KEY, key, "first API key"):
         assert wanted not in served.ray.output()
         assert [file.name for file, text in texts.items() if wanted in text] == [], wanted
