@@ -13,18 +13,19 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from app.errors import NotReady, Overloaded
+from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 log = logging.getLogger(__name__)
 
 LINGER = 0.1  # of the last batch's time, but no longer than
 MAX_LINGER_SECONDS = 0.25
+SLACK = 0.2  # of the time that a caller allows: an estimate is no promise
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -34,8 +35,9 @@ R = TypeVar("R")
 class _Job(Generic[J, R]):
     item: J
     weight: int
+    since: float
+    deadline: float
     future: Future[R] = field(default_factory=Future)
-    since: float = field(default_factory=time.monotonic)
 
 
 class Batcher(Generic[J, R]):
@@ -44,6 +46,9 @@ class Batcher(Generic[J, R]):
     An item is never split over batches, so one answer comes from one batch. Weights (``weigh(item)``) are counted
     against ``max_batch`` and ``max_queued``; a single heavier item is still taken, alone. A future that its caller
     cancels leaves the queue, and its place is free at once; in a running batch it is computed for nobody.
+
+    Deadlines are moments of ``clock``. The pace is learned from batches of half of ``max_batch`` and more: lighter ones
+    say little of it. Until there was one, and when nothing else is there, an item is taken whatever the estimate.
     """
 
     def __init__(
@@ -54,16 +59,19 @@ class Batcher(Generic[J, R]):
         max_batch: int,
         max_queued: int,
         name: str = "model",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._weigh = run, weigh
+        self._run, self._weigh, self._clock = run, weigh, clock
         self._max_batch, self._max_queued = max_batch, max_queued
         self._condition = threading.Condition()
         self._waiting: deque[_Job[J, R]] = deque()
         self._queued = 0  # weight of what waits
+        self._reserved = 0  # weight of what will
         self._running_since: float | None = None
+        self._running_weight = 0
         self._seen = 0  # weight of the last batch and of what waited when it ended: as much may come again
         self._linger_until = 0.0
-        self._rate = 0.0  # weight per second, smoothed
+        self._rate = 0.0  # weight per second, smoothed; 0 while unknown
         self._stopped: str | None = None  # why no job is taken any more
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
@@ -82,28 +90,71 @@ class Batcher(Generic[J, R]):
     def oldest(self) -> float:
         """Seconds that the first in the queue has waited; 0 when none does."""
         with self._condition:
-            return time.monotonic() - self._waiting[0].since if self._waiting else 0.0
+            return self._clock() - self._waiting[0].since if self._waiting else 0.0
 
     @property
     def running(self) -> float:
         """Seconds that the batch of the moment has taken so far; 0 between batches."""
         since = self._running_since
-        return time.monotonic() - since if since is not None else 0.0
+        return self._clock() - since if since is not None else 0.0
 
-    def submit(self, item: J) -> Future[R]:
-        """Queue an item. Raises Overloaded (queue full) and NotReady (the thread is gone or closing)."""
-        job: _Job[J, R] = _Job(item, self._weigh(item))
+    def submit(self, item: J, *, deadline: float = math.inf) -> Future[R]:
+        """Queue an item; its future may carry DeadlineExceeded. Raises as ``place``."""
+        with self.place(self._weigh(item), deadline=deadline) as put:
+            return put(item)
+
+    @contextmanager
+    def place(self, weight: int, *, deadline: float = math.inf) -> Iterator[Callable[[J], Future[R]]]:
+        """A place in the queue, held while its item is made; yields what queues that item.
+
+        Raises Overloaded (the queue is full, or too long for the deadline), DeadlineExceeded (the item alone takes
+        longer) and NotReady (the thread is gone or closing).
+        """
+        since = self._clock()
         with self._condition:
-            if self._stopped is not None:
-                raise NotReady(self._stopped)
-            if self._queued and self._queued + job.weight > self._max_queued:
-                wait = math.ceil(self._queued / self._rate) if self._rate else 1
-                raise Overloaded("too many texts are waiting", retry_after=min(max(wait, 1), 60))
-            self._waiting.append(job)
-            self._queued += job.weight
-            self._condition.notify()
-        job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
-        return job.future
+            self._admit(weight, deadline - since)
+            self._reserved += weight
+        reserved = weight
+
+        def put(item: J) -> Future[R]:
+            nonlocal reserved
+            job: _Job[J, R] = _Job(item, weight, since, deadline)
+            with self._condition:
+                if self._stopped is not None:
+                    raise NotReady(self._stopped)
+                self._reserved -= reserved
+                reserved = 0
+                self._waiting.append(job)
+                self._queued += weight
+                self._condition.notify()
+            job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
+            return job.future
+
+        try:
+            yield put
+        finally:
+            with self._condition:
+                self._reserved -= reserved
+
+    def _admit(self, weight: int, allowed: float) -> None:
+        """With the condition held. ``allowed``: seconds until the answer has to be there."""
+        if self._stopped is not None:
+            raise NotReady(self._stopped)
+        ahead = self._queued + self._reserved
+        if ahead and ahead + weight > self._max_queued:
+            wait = ahead / self._rate if self._rate else 1
+            raise Overloaded("too many texts are waiting", retry_after=_seconds(wait))
+        busy = self._running_since is not None
+        if not self._rate or not (ahead or busy):
+            return
+        if weight > self._rate * allowed:
+            raise DeadlineExceeded("so many texts take longer here than the time allowed", retry_after=1)
+        rest = max(0.0, self._running_weight - self._rate * self.running) if busy else 0.0
+        late = (ahead + rest + weight) / self._rate - (1 - SLACK) * allowed
+        if weight and late > 0:
+            raise Overloaded(
+                "more texts are waiting than can be answered in the time allowed", retry_after=_seconds(late)
+            )
 
     def _leave(self, job: _Job[J, R]) -> None:
         with self._condition, suppress(ValueError):  # the thread may have been quicker
@@ -144,22 +195,34 @@ class Batcher(Generic[J, R]):
         with self._condition:
             while not batch:
                 self._condition.wait_for(lambda: self._waiting or self._stopped is not None)
-                self._condition.wait_for(self._all_there, max(0.0, self._linger_until - time.monotonic()))
+                self._condition.wait_for(self._all_there, max(0.0, self._linger_until - self._clock()))
                 if self._stopped is not None:
                     return []
+                urgent = math.inf  # seconds until the first of the batch must have its answer
                 while self._waiting and (not batch or weight + self._waiting[0].weight <= self._max_batch):
-                    job = self._waiting.popleft()
+                    job = self._waiting[0]
+                    left = min(urgent, job.deadline - self._clock())
+                    in_time = left > 0 and weight + job.weight <= (self._rate or math.inf) * left
+                    if batch and not in_time:
+                        break  # for the next batch, if there is time for that
+                    self._waiting.popleft()
                     self._queued -= job.weight
-                    if job.future.set_running_or_notify_cancel():  # the caller may have gone
+                    if not job.future.set_running_or_notify_cancel():  # the caller has gone
+                        continue
+                    if in_time or (left > 0 and not self._waiting):
                         batch.append(job)
-                        weight += job.weight
+                        weight, urgent = weight + job.weight, left
+                    else:
+                        job.future.set_exception(DeadlineExceeded("the server is too busy for the time allowed"))
         return batch
 
     def _all_there(self) -> bool:
         return self._queued >= min(self._seen, self._max_batch) or self._stopped is not None
 
     def _answer(self, batch: list[_Job[J, R]]) -> None:
-        started = self._running_since = time.monotonic()
+        weight = sum(job.weight for job in batch)
+        started = self._clock()
+        self._running_weight, self._running_since = weight, started
         try:
             results = self._run([job.item for job in batch])
             if len(results) != len(batch):
@@ -174,11 +237,17 @@ class Batcher(Generic[J, R]):
             raise
         finally:
             self._running_since = None
-        if weight := sum(job.weight for job in batch):
-            ended = time.monotonic()
+        if weight:
+            ended = self._clock()
             rate = weight / max(ended - started, 1e-6)
-            self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+            if 2 * weight >= self._max_batch or 0 < self._rate < rate:
+                self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
             self._seen = weight + self._queued
             self._linger_until = ended + min(LINGER * (ended - started), MAX_LINGER_SECONDS)
         for job, result in zip(batch, results, strict=True):
             job.future.set_result(result)
+
+
+def _seconds(wait: float) -> int:
+    """As a Retry-After."""
+    return min(max(math.ceil(wait), 1), 60)

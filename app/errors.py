@@ -75,6 +75,16 @@ class NotReady(LetheonError):
     status, code, title = 503, "not-ready", "The active set cannot be confirmed"
 
 
+class Busy(NotReady):
+    """Not ready for now, and nothing is broken."""
+
+
+class Stuck(LetheonError):
+    """The model thread is gone or does not come back: only a new process helps."""
+
+    status, code, title = 503, "stuck", "The model thread does not run"
+
+
 class ModeMismatch(NotReady):
     """A prompt in force was trained for another mode than the service runs in."""
 

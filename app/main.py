@@ -94,7 +94,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_exception_handler(ModelError, _model_error)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_held=settings.max_held_body_bytes)
     app.add_middleware(RequestContext, metrics=counts)  # added last, so outermost
     for module in (unlearn_requests, classify, admin, health, metrics):
         app.include_router(module.router)

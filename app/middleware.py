@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import tracing
-from app.errors import BodyTooLarge, LetheonError, MalformedBody
+from app.errors import BodyTooLarge, LetheonError, MalformedBody, Overloaded
 from app.metrics import METHODS, Metrics
 from app.problems import RefusedBody, problem_response
 from app.tracebacks import where
@@ -84,11 +84,15 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Counts body bytes as they arrive, whatever Content-Length says, and refuses what is not UTF-8."""
+    """Counts body bytes as they arrive, whatever Content-Length says, and refuses what is not UTF-8.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    All requests in progress together hold ``max_held`` bytes of bodies at most; one alone may always have its own.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held: int) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self.max_bytes, self.max_held = max_bytes, max_held
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,8 +111,11 @@ class BodyLimit:
             if message["type"] == "http.request":
                 chunk = message.get("body", b"")
                 received += len(chunk)
+                self._held += len(chunk)
                 if received > self.max_bytes:
                     raise RefusedBody(self._too_large())
+                if received < self._held and self._held > self.max_held:
+                    raise RefusedBody(Overloaded("the bodies of other requests take all the room", retry_after=1))
                 try:
                     decoder.decode(chunk, final=not message.get("more_body", False))
                 except UnicodeDecodeError:  # holds the bytes, so it is not chained
@@ -116,7 +123,10 @@ class BodyLimit:
                     raise RefusedBody(MalformedBody("the body is not valid UTF-8", errors=errors)) from None
             return message
 
-        await self.app(scope, limited, send)
+        try:
+            await self.app(scope, limited, send)
+        finally:
+            self._held -= received
 
     def _too_large(self) -> BodyTooLarge:
         message = f"over the limit of {self.max_bytes} bytes"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from opentelemetry.trace import SpanContext
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import tracing
 from app.batching import Batcher
-from app.errors import NotReady, Overloaded
+from app.errors import Busy, LetheonError, NotReady, Stuck
 from app.metrics import Metrics, outcomes
 from app.settings import Settings
 from app.stack import Stack, StackReader
@@ -31,6 +32,9 @@ __all__ = ["Answer", "Encoded", "Serving"]
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
+STUCK = 10  # deadlines that one batch may take: after that it is not slow but lost
+FAILED_BATCHES = 3  # one after another, and the fault is not with what was asked
+PROBE = "good"
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +76,7 @@ class Serving:
             max_queued=settings.max_queued_texts,
         )
         metrics.queue(lambda: self._batcher.queued, lambda: self._batcher.oldest)
+        self._failed = 0  # batches since the last that was answered; read without a lock
         self._closing = threading.Event()
         self._watcher = threading.Thread(
             target=self._watch, args=(settings.active_set_poll_seconds,), name="active-set-watch", daemon=True
@@ -97,16 +102,37 @@ class Serving:
         rows = self.llm.rows(texts)
         return [Encoded(row, self._vault.gate_digest(text)) for row, text in zip(rows, texts, strict=True)]
 
-    def submit(self, texts: Sequence[Encoded]) -> Future[Answer]:
-        """Queue texts; the future also carries NotReady. Raises Overloaded, NotReady."""
-        return self._batcher.submit(Question(texts, time.monotonic(), tracing.here()))
+    @contextmanager
+    def place(self, count: int, deadline: float) -> Iterator[Callable[[Sequence[Encoded]], Future[Answer]]]:
+        """A place for so many texts until ``deadline`` (``time.monotonic()``); yields what queues them.
+
+        The future also carries NotReady and DeadlineExceeded. Raises Overloaded, DeadlineExceeded, NotReady.
+        """
+        with self._batcher.place(count, deadline=deadline) as put:
+            yield lambda texts: put(Question(texts, time.monotonic(), tracing.here()))
+
+    def submit(self, texts: Sequence[Encoded], *, deadline: float = math.inf) -> Future[Answer]:
+        """As ``place``, for texts that are ready."""
+        with self.place(len(texts), deadline) as put:
+            return put(texts)
+
+    def check_alive(self) -> None:
+        """Raises Stuck when only a new process can help."""
+        if not self._batcher.alive:
+            raise Stuck("the model thread is not running")
+        if self._batcher.running > STUCK * self._settings.classify_deadline_seconds:
+            raise Stuck("the model does not come back from a batch")
 
     def check(self) -> None:
-        """Raises NotReady when a classification would not be answered now."""
-        if not self._batcher.alive:
-            raise NotReady("the model thread is not running")
+        """Raises NotReady when a classification would not be answered now, as Busy when waiting mends it."""
+        try:
+            self.check_alive()
+        except Stuck as error:
+            raise NotReady(error.detail) from None
         if self._batcher.running > self._settings.classify_deadline_seconds:
-            raise NotReady("the model has been busy with one batch for longer than any caller waits")
+            raise Busy("the model has been busy with one batch for longer than any caller waits")
+        if self._failed >= FAILED_BATCHES:
+            raise NotReady(f"the model failed on its last {self._failed} batches")
         self._confirm()
 
     def close(self) -> None:
@@ -132,11 +158,15 @@ class Serving:
             with tracing.span("letheon.batch", links=links, texts=len(texts), active_set_version=stack.view.version):
                 flat = iter(self._answers(stack, texts))
         except ModelError as error:
+            self._failed += 1
             raise NotReady(str(error)) from error
         except Exception as error:
+            self._failed += 1
             log.error("a batch failed: %s", where(error))
             raise NotReady(f"the model failed on this batch ({type(error).__name__})") from error
-        tokens, padding = self._classifier.take_counts()
+        finally:
+            tokens, padding = self._classifier.take_counts()
+        self._failed = 0
         seconds = time.monotonic() - started
         self._metrics.batch(texts=len(texts), seconds=seconds, tokens=tokens, padding=padding)
         return [Answer([next(flat) for _ in question.texts], stack.view.version) for question in questions]
@@ -174,9 +204,14 @@ class Serving:
                 raise NotReady(f"the active set cannot be read ({type(error).__name__})") from error
 
     def _watch(self, every: float) -> None:
-        """Without traffic nobody asks for the active set, and a revoked prompt would stay in memory."""
+        """Without traffic nobody asks for the active set, and a revoked prompt would stay in memory.
+
+        Where every batch failed nobody may ask either, since this server is not ready: a text of ours shows when it is.
+        """
         while not self._closing.wait(every):
             try:
-                self.submit([]).result()
-            except (NotReady, Overloaded):
+                self.submit(self.encode([PROBE]) if self._failed >= FAILED_BATCHES else []).result()
+            except LetheonError:
                 continue
+            except Exception as error:
+                log.error("the active set is not watched: %s", where(error))

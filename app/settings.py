@@ -46,6 +46,9 @@ class Settings(BaseSettings):
         description="Without any key in force, make one with every scope and print it. Off where stderr is kept.",
     )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    max_held_body_bytes: int = Field(
+        default=256 * 2**20, ge=1024, description="Bodies of all requests in progress; beyond it 503."
+    )
     max_forget_texts: int = Field(default=4096, ge=1, le=16_384)
     max_classify_texts: int = Field(default=256, ge=1, le=16_384)
     max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")

@@ -28,7 +28,7 @@ from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.errors import NotReady
+from app.errors import Busy, NotReady
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ def check(service: Service) -> None:
     """Raises NotReady when a new replica may do better than this one: Serve replaces it after three such answers.
 
     While the database does not answer, no replica would do better. Then this one refuses each request by itself, and
-    is back with the database; a new one would first have to load the model.
+    is back with the database; a new one would first have to load the model. Nor is a busy one replaced.
     """
     try:
         service.serving.check()
+    except Busy as error:
+        log.warning("busy: %s", error.detail)
     except NotReady as error:
         try:
             with service.engine.connect():

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, Future
 import pytest
 
 from app.batching import Batcher
-from app.errors import NotReady, Overloaded
+from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 
 class Gate:
@@ -232,3 +232,126 @@ def test_nothing_is_lost_under_load() -> None:
         thread.join()
     batcher.close(10)
     assert results == {n: n for n in range(800)}
+
+
+class Clock:
+    """A clock that stands."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def paced(gate: Gate, clock: Clock) -> Iterator[Batcher[list[int], int]]:
+    """Eight to a batch, forty in the queue; known to answer two a second."""
+    batcher: Batcher[list[int], int] = Batcher(gate, weigh=len, max_batch=8, max_queued=40, clock=clock)
+    gate.open.clear()
+    first = batcher.submit([1] * 8)
+    assert gate.entered.acquire(timeout=10)
+    clock.now += 4
+    gate.open.set()
+    assert first.result(10) == 8
+    yield batcher
+    gate.open.set()
+    batcher.close(10)
+
+
+def test_who_would_be_answered_too_late_is_refused_at_once(
+    gate: Gate, paced: Batcher[list[int], int], clock: Clock
+) -> None:
+    first = hold(gate, paced)  # of weight 1: half a second
+    waiting = [paced.submit([1] * 4, deadline=clock.now + 10) for _ in range(3)]
+    # 1 + 12 + 3 at two a second: 8 s, which are four fifths of 10 s
+    waiting.append(paced.submit([1] * 3, deadline=clock.now + 10))
+    with pytest.raises(Overloaded) as refused:
+        paced.submit([1] * 2, deadline=clock.now + 10)
+    assert refused.value.extra["retry_after"] == 1  # 9 s are one more than 8
+    with pytest.raises(Overloaded) as refused:
+        paced.submit([1], deadline=clock.now + 2)
+    assert refused.value.extra["retry_after"] == 7  # 8.5 s and 1.6 s, rounded up
+    with pytest.raises(DeadlineExceeded):  # whatever waits: fewer would be answered
+        paced.submit([1] * 5, deadline=clock.now + 2)
+    assert paced.queued == 15
+    waiting.append(paced.submit([1] * 2))  # has time
+    clock.now += 0.25  # of the half second
+    with pytest.raises(Overloaded):
+        paced.submit([1] * 2, deadline=clock.now + 12)  # 9.75 s; 9.6 s are four fifths
+    waiting.append(paced.submit([1] * 2, deadline=clock.now + 12.25))
+    gate.open.set()
+    assert [future.result(10) for future in [first, *waiting]] == [0, 4, 4, 4, 3, 2, 2]
+
+
+def test_an_idle_server_tries_whatever_the_estimate(gate: Gate, paced: Batcher[list[int], int], clock: Clock) -> None:
+    assert paced.submit([1] * 6, deadline=clock.now + 1).result(10) == 6
+    assert gate.batches[-1] == [[1] * 6]
+
+
+def test_who_got_too_late_is_left_out_and_nobody_waits_for_it(
+    gate: Gate, paced: Batcher[list[int], int], clock: Clock
+) -> None:
+    first = hold(gate, paced)
+    late, long, last = (paced.submit([n] * 2, deadline=clock.now + wait) for n, wait in ((1, 6), (2, 60), (3, 60)))
+    clock.now += 5.5  # the first took that much longer: half a second is left for the second, which takes one
+    gate.open.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result(10)
+    assert (first.result(10), long.result(10), last.result(10)) == (0, 4, 6)
+    assert gate.batches[1:] == [[[0]], [[2, 2], [3, 3]]]
+
+
+def test_a_batch_is_no_longer_than_its_first_can_wait(gate: Gate, paced: Batcher[list[int], int], clock: Clock) -> None:
+    first = hold(gate, paced)
+    urgent = paced.submit([1] * 2, deadline=clock.now + 6)
+    rest = [paced.submit([2] * 2, deadline=clock.now + 60) for _ in range(3)]
+    clock.now += 4  # two seconds are left: four of the eight texts
+    gate.open.set()
+    assert [future.result(10) for future in [first, urgent, *rest]] == [0, 2, 4, 4, 4]
+    assert gate.batches[2:] == [[[1, 1], [2, 2]], [[2, 2], [2, 2]]]
+
+
+def test_light_batches_say_nothing_of_the_pace_unless_they_are_quicker(
+    gate: Gate, paced: Batcher[list[int], int], clock: Clock
+) -> None:
+    def light(seconds: float) -> None:
+        future = hold(gate, paced)
+        clock.now += seconds
+        gate.open.set()
+        assert future.result(10) == 0
+
+    light(3600)
+    first = hold(gate, paced)
+    with pytest.raises(Overloaded):  # 1 + 8 at two a second: 4.5 s
+        paced.submit([1] * 8, deadline=clock.now + 5)
+    gate.open.set()
+    assert first.result(10) == 0
+    light(0.25)  # 2.4 a second: 3.75 s
+    first = hold(gate, paced)
+    waiting = paced.submit([1] * 8, deadline=clock.now + 5)
+    gate.open.set()
+    assert (first.result(10), waiting.result(10)) == (0, 8)
+
+
+def test_a_place_is_held_while_its_item_is_made(gate: Gate, batcher: Batcher[list[int], int]) -> None:
+    first = hold(gate, batcher)
+    with batcher.place(4) as put:
+        with pytest.raises(Overloaded):
+            batcher.submit([1] * 3)
+        small = batcher.submit([1] * 2)
+        future = put([5] * 4)
+        assert batcher.queued == 6
+    with pytest.raises(Overloaded):
+        batcher.submit([1])
+    assert future.cancel()
+    with pytest.raises(KeyError), batcher.place(4):
+        raise KeyError
+    again = batcher.submit([1] * 4)
+    gate.open.set()
+    assert (first.result(10), small.result(10), again.result(10)) == (0, 2, 4)

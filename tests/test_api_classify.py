@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from api_kit import MARKER, Api, add_prompt, assert_problem, running, soft_promp
 from sqlalchemy import func, select, update
 
 from app import active_set
+from app.errors import Busy
 from app.settings import Mode
 from app.tables import ActiveSet, AuditEntry, Prompt, UnlearnRequest
 from models.inference import Classifier
@@ -255,10 +258,11 @@ def test_a_client_may_name_the_version_it_knows_of(api: Api) -> None:
 
 def test_readyz_turns_red_when_the_model_thread_is_gone(api: Api) -> None:
     assert api.client.get("/readyz").status_code == 200
+    assert api.client.get("/livez").status_code == 200
     api.service.serving.close()
+    assert_problem(api.client.get("/livez"), 503, "stuck")
     assert_problem(api.client.get("/readyz"), 503, "not-ready")
     assert_problem(api.client.post("/classify", json={"text": TEXT}, headers=api.key()), 503, "not-ready")
-    assert api.client.get("/livez").status_code == 200
 
 
 def test_classifying_writes_nothing(api: Api) -> None:
@@ -271,3 +275,56 @@ def test_classifying_writes_nothing(api: Api) -> None:
     before = rows()
     scores(api, headers)
     assert rows() == before
+
+
+def test_only_a_batch_beyond_all_patience_is_stuck(tmp_path: Path) -> None:
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, classify_deadline_seconds=0.05) as api:
+        serving = api.service.serving
+        with serving._lock:  # the model thread stops where it would confirm the active set
+            held = serving.submit([])
+            wait_until(lambda: serving._batcher.running > 0.05)
+            with pytest.raises(Busy):
+                serving.check()
+            assert api.client.get("/livez").status_code == 200
+            wait_until(lambda: serving._batcher.running > 0.5)
+            assert_problem(api.client.get("/livez"), 503, "stuck")
+        held.result(20)
+        assert api.client.get("/livez").status_code == 200
+
+
+def test_a_model_that_fails_every_batch_is_not_ready_until_it_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others would be sent to where refusals are quick."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"device lost, {TEXT}")
+
+    with ExitStack() as stack:
+        hook = stack.enter_context(tiny_llm().decoder.norm.register_forward_pre_hook(fail))
+        api = stack.enter_context(running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, active_set_poll_seconds=0.02))
+        headers = api.key("classify")
+        for _ in range(2):
+            assert_problem(api.client.post("/classify", json={"text": TEXT}, headers=headers), 503, "not-ready")
+            assert api.client.get("/readyz").status_code == 200, "it may have been the text"
+        assert_problem(api.client.post("/classify", json={"text": TEXT}, headers=headers), 503, "not-ready")
+        assert "batches" in assert_problem(api.client.get("/readyz"), 503, "not-ready")["detail"]
+        assert api.client.get("/livez").status_code == 200
+        hook.remove()
+        wait_until(lambda: api.client.get("/readyz").status_code == 200)
+        assert api.client.post("/classify", json={"text": TEXT}, headers=headers).status_code == 200
+    assert "RuntimeError" in caplog.text and MARKER not in caplog.text
+
+
+def test_what_cannot_be_answered_in_time_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, max_queued_texts=3) as api:
+        headers, serving = api.key("classify"), api.service.serving
+        with serving.place(2, math.inf) as put:  # somebody's texts are being made tokens
+            response = api.client.post("/classify", json={"texts": [TEXT, "x" * 5000]}, headers=headers)
+            assert_problem(response, 503, "overloaded")
+            assert api.client.post("/classify", json={"texts": [TEXT]}, headers=headers).status_code == 200
+            future = put(serving.encode(["a", "b"]))
+        assert len(future.result(20).results) == 2
+        response = api.client.post("/classify", json={"texts": [TEXT, "x" * 5000]}, headers=headers)
+        assert_problem(response, 422, "invalid-input")
+        assert serving._batcher._reserved == 0

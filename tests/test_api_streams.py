@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
@@ -184,6 +185,29 @@ def test_a_body_in_pieces_is_counted_as_it_arrives(tmp_path: Path, caplog: pytes
         assert b"urn:letheon:problem:malformed-body" in answer
         assert httpx2.get(f"{url}/livez").status_code == 200
         assert "Quillfeather" not in "".join(record.getMessage() for record in server_logs(caplog))
+
+
+def test_bodies_that_wait_have_a_limit_together(tmp_path: Path) -> None:
+    """One client is slow with a large body: another such one has to wait, small ones get in."""
+    with listening(f"sqlite:///{tmp_path}/letheon.db", tmp_path, max_held_body_bytes=30_000) as (url, app, _):
+        headers = new_key(app.state.service)
+        parts = urlsplit(url)
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 19000\r\n\r\n"
+        body = json.dumps({"text": "a good film", "timeout_seconds": 20.0, "min_version": 0}).encode()
+        with socket.create_connection((parts.hostname, parts.port)) as first:
+            first.sendall(head.encode() + b" " * 15_000)
+            large = body + b" " * 15_000
+            wait_until(lambda: post(f"{url}/classify", large, headers).status_code == 503)
+            refused = post(f"{url}/unlearn-requests", large, headers)
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert refused.headers["Retry-After"] == "1"
+            assert post(f"{url}/classify", body, headers).status_code == 200
+        wait_until(lambda: post(f"{url}/classify", large, headers).status_code == 200)
+
+
+def post(url: str, content: bytes, headers: dict[str, str]) -> httpx2.Response:
+    return httpx2.post(url, content=content, headers={**headers, "Content-Type": "application/json"})
 
 
 def send_for_ever(url: str, token: str, head: bytes, chunk: bytes) -> tuple[bytes, int]:

@@ -9,7 +9,16 @@ from fastapi import APIRouter, Path, Query
 from app import active_set, set_history
 from app.auth import AdminCaller
 from app.deps import Cursor, Limit, PromptId, ServiceDep
-from app.errors import BodyTooLarge, Conflict, Forbidden, InvalidInput, MalformedBody, NotFound, Unauthenticated
+from app.errors import (
+    BodyTooLarge,
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    MalformedBody,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+)
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import ActiveSetOut, ActiveSetPage, PromptOut, PromptPage, RestoreIn, RevokedOut, RevokeIn
 from app.tables import PromptState
@@ -41,7 +50,7 @@ def get_prompt(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) ->
 @router.post(
     "/admin/prompts/{prompt_id}/revoke",
     response_model=RevokedOut,
-    responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, UnsupportedMediaType),
+    responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, Overloaded, UnsupportedMediaType),
 )
 def revoke_prompt(caller: AdminCaller, prompt_id: PromptId, body: RevokeIn, service: ServiceDep) -> Any:
     """Take a prompt out of force, on every replica: a classification that starts after this answer goes without it."""
@@ -77,7 +86,7 @@ def get_active_set(caller: AdminCaller, version: Version, service: ServiceDep) -
 @router.post(
     "/admin/active-sets/{version}/restore",
     response_model=ActiveSetOut,
-    responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, UnsupportedMediaType),
+    responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, Overloaded, UnsupportedMediaType),
 )
 def restore_active_set(caller: AdminCaller, version: Version, body: RestoreIn, service: ServiceDep) -> Any:
     """Put an earlier set in force, on every replica, as a new version with the old one's digest.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from typing import Any
 
+from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 
 from app.auth import ClassifyCaller
 from app.deps import ServiceDep
@@ -28,9 +29,10 @@ from app.limits import check_count, encode_texts
 from app.metrics import Refusal
 from app.problems import UnsupportedMediaType, invalid, problems
 from app.schemas import ClassifyIn, ClassifyOut
-from app.serving import Answer, Encoded, Serving
+from app.serving import Answer, Serving
 
 router = APIRouter(tags=["classify"])
+_encoders = CapacityLimiter(max(2, os.cpu_count() or 1))  # threads that make tokens; other routes have their own
 
 REFUSALS: dict[type[LetheonError], Refusal] = {
     Overloaded: "overloaded",
@@ -72,9 +74,8 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
         check_count("texts", len(body.texts), service.settings.max_classify_texts)
         fields = [(f"texts[{i}]", text) for i, text in enumerate(body.texts)]
     deadline = time.monotonic() + min(body.timeout_seconds or math.inf, service.settings.classify_deadline_seconds)
-    texts = await run_in_threadpool(encode_texts, service.serving, fields)
     try:
-        answer = await _answer(request, service.serving, texts, deadline)
+        answer = await _answer(request, service.serving, fields, deadline)
         if answer.active_set_version < (body.min_version or 0):
             raise NotReady(
                 f"the active set has version {answer.active_set_version}, which is below min_version",
@@ -92,9 +93,18 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
     return {"results": results, "active_set_version": answer.active_set_version}
 
 
-async def _answer(request: Request, serving: Serving, texts: list[Encoded], deadline: float) -> Answer:
-    """Raises DeadlineExceeded, NotReady, Overloaded, ClientGone. Whoever stops waiting leaves the queue."""
-    future = serving.submit(texts)
+async def _answer(request: Request, serving: Serving, fields: list[tuple[str, str]], deadline: float) -> Answer:
+    """Whoever stops waiting leaves the queue.
+
+    Raises InvalidInput, DeadlineExceeded, NotReady, Overloaded, ClientGone.
+    """
+    with serving.place(len(fields), deadline) as put:  # before any work: what is refused costs nothing
+        try:
+            with fail_after(max(0.0, deadline - time.monotonic())):
+                texts = await to_thread.run_sync(encode_texts, serving, fields, limiter=_encoders)
+        except TimeoutError:
+            raise DeadlineExceeded("no answer in the time allowed; the server is busy") from None
+        future = put(texts)
     answer: asyncio.Future[Any] = asyncio.wrap_future(future)
     gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
     try:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 
 from app.deps import ServiceDep
-from app.errors import NotReady
+from app.errors import NotReady, Stuck
 from app.problems import problems
 from app.schemas import Health
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez", response_model=Health)
-async def livez() -> Any:
-    """The process answers."""
+_probes = CapacityLimiter(2)  # threads of their own: what other routes wait for has no say in them
+
+
+@router.get("/livez", response_model=Health, responses=problems(Stuck))
+async def livez(service: ServiceDep) -> Any:
+    """The process answers, and its model thread lives: otherwise start it anew."""
+    service.serving.check_alive()
     return {"status": "alive"}
 
 
 @router.get("/readyz", response_model=Health, responses=problems(NotReady))
-def readyz(service: ServiceDep) -> Any:
+async def readyz(service: ServiceDep) -> Any:
     """A classification would be answered now: the model thread runs and the active set can be confirmed."""
-    service.serving.check()
+    await to_thread.run_sync(service.serving.check, limiter=_probes)
     return {"status": "ready"}

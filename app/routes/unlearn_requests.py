@@ -14,7 +14,16 @@ from app import lifecycle
 from app.auth import RequestsCaller
 from app.broker import enqueue_training
 from app.deps import Cursor, Limit, RequestId, Service, ServiceDep
-from app.errors import BodyTooLarge, Conflict, Forbidden, InvalidInput, MalformedBody, NotFound, Unauthenticated
+from app.errors import (
+    BodyTooLarge,
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    MalformedBody,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+)
 from app.lifecycle import ForgetText
 from app.limits import check_count, check_texts
 from app.problems import UnsupportedMediaType, problems
@@ -35,7 +44,7 @@ _GOES_ON = frozenset(LIVE) - {RequestState.ACTIVE}
     response_model=UnlearnRequestOut,
     responses={
         202: {"headers": {"Location": {"description": "The request's address.", "schema": {"type": "string"}}}},
-        **problems(MalformedBody, BodyTooLarge, UnsupportedMediaType),
+        **problems(MalformedBody, BodyTooLarge, Overloaded, UnsupportedMediaType),
     },
 )
 def create_unlearn_request(
