@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from bench.training import concatenated
 from models.gate import NEVER, Gate, fit_space
 from models.inference import Classifier
 from models.llm import FrozenLLM
+from models.passes import by_length
 from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
-from models.text_states import text_states
+from models.text_states import gate_layers, text_states
 
 TOKENS = 30
+PEFT_ROWS = (16, 32, 64)
+"""Rows of a pass that PEFT is tried with, none more than Letheon's own."""
 Way = Callable[[int], object]
 STACKS = {"bare": 0, "active": 1, "active_k4": 4}
 """Prompts before every query."""
@@ -43,7 +48,7 @@ def prompt(llm: FrozenLLM, seed: int) -> SoftPrompt:
 def routes(llm: FrozenLLM, texts: Sequence[str], *, claimed: bool) -> Routes:
     """One request, whose gate claims every query or none."""
     states = text_states(llm, texts)
-    space = fit_space(states, 4, fingerprint=llm.fingerprint)
+    space = fit_space(states, len(gate_layers(llm)), fingerprint=llm.fingerprint)
     direction = space.points(states[:1])
     none = torch.empty(0, 32, dtype=torch.uint8)
     gate = Gate(direction, -2.0 if claimed else 1.5, NEVER, none, space.digest)
@@ -51,7 +56,7 @@ def routes(llm: FrozenLLM, texts: Sequence[str], *, claimed: bool) -> Routes:
 
 
 class Peft:
-    """PEFT's prompt tuning on the same model, its batches padded on the left as its users do, in batches of a length.
+    """PEFT's prompt tuning on the same model, its batches padded on the left as its users do.
 
     ``soft`` replaces its virtual tokens. ``last_only``: transformers' own ``logits_to_keep=1``, granted to it.
     """
@@ -64,10 +69,19 @@ class Peft:
             model.prompt_encoder["default"].embedding.weight.copy_(soft)
         self._model = model
 
+    def answers(self, texts: Sequence[str], size: int) -> list[int]:
+        """The likeliest next token of each text; tokenized once, texts of similar lengths in passes of ``size``."""
+        rows, found = self._llm.rows(texts), [0] * len(texts)
+        for picked in by_length(rows, size):
+            best = self.scores([rows[i] for i in picked]).argmax(-1).tolist()
+            for index, token in zip(picked, best, strict=True):
+                found[index] = token
+        return found
+
     @torch.no_grad()
-    def scores(self, texts: Sequence[str]) -> Tensor:
-        """Logits (N, V) of the next token."""
-        rows = [[*self._llm.template.head_ids, *row] for row in self._llm.rows(texts)]
+    def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (N, V) of the next token; ``rows`` as ``FrozenLLM.rows`` makes them."""
+        rows = [[*self._llm.template.head_ids, *row] for row in rows]
         width = max(len(row) for row in rows)
         ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows], device=self._llm.device)
         lengths = torch.tensor([len(row) for row in rows], device=self._llm.device)
@@ -76,15 +90,23 @@ class Peft:
         return logits.float()
 
 
-def by_length(llm: FrozenLLM, texts: Sequence[str], size: int) -> list[list[str]]:
-    """Batches of ``size`` texts of similar lengths: what a careful user of PEFT would feed it."""
-    lengths = [len(row) for row in llm.rows(texts)]
-    order = sorted(range(len(texts)), key=lambda i: lengths[i])
-    return [[texts[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+def quickest(way: Callable[[int], object], sizes: Sequence[int]) -> int:
+    """Of ``sizes`` the one with which ``way`` takes least: the better of two turns, after one that warms up."""
+    took = dict.fromkeys(sizes, float("inf"))
+    way(sizes[0])
+    for _ in range(2 if len(sizes) > 1 else 0):
+        for size in sizes:
+            started = time.perf_counter()
+            way(size)
+            took[size] = min(took[size], time.perf_counter() - started)
+    return min(sizes, key=took.__getitem__)
 
 
-def ways(llm: FrozenLLM, batches: Sequence[Sequence[str]]) -> dict[str, Way]:
-    """What answers batch ``n`` of texts, by name."""
+def ways(llm: FrozenLLM, turns: Sequence[Sequence[str]], size: int) -> tuple[dict[str, Way], dict[str, int]]:
+    """What answers the texts of turn ``n`` in passes of ``size`` rows, by name; and the rows of a pass of PEFT's ways.
+
+    PEFT has the number that suits it best on the first turn.
+    """
     classifier = Classifier(llm)
     stacks = {name: [prompt(llm, seed) for seed in range(count)] for name, count in STACKS.items()}
     peft = {
@@ -92,23 +114,28 @@ def ways(llm: FrozenLLM, batches: Sequence[Sequence[str]]) -> dict[str, Way]:
         "peft_k4": Peft(llm, _soft(stacks["active_k4"]), last_only=True),
         "peft_plain": Peft(llm, _soft(stacks["active"]), last_only=False),
     }
-    some = [text for batch in batches for text in batch][:256]
+    tried = [rows for rows in PEFT_ROWS if rows <= size] or [size]
+    best = {name: quickest(partial(model.answers, turns[0]), tried) for name, model in peft.items()}
+    some = [text for texts in turns for text in texts][:256]
     routed = {f"routed_{name}": routes(llm, some, claimed=name == "claimed") for name in ("unclaimed", "claimed")}
 
     def own(stack: Sequence[SoftPrompt]) -> Way:
-        return lambda n: classifier.classify(batches[n], stack)
+        return lambda n: classifier.classify(turns[n], stack, batch_size=size)
 
-    def other(model: Peft) -> Way:
-        return lambda n: [model.scores(batch).argmax(-1) for batch in by_length(llm, batches[n], 32)]
+    def other(name: str) -> Way:
+        return lambda n: peft[name].answers(turns[n], best[name])
 
     def through(found: Routes) -> Way:
-        return lambda n: classify_routed(classifier, found, batches[n], digest=None, max_prompts=4)
+        return lambda n: classify_routed(
+            classifier, found, turns[n], digest=None, max_prompts=len(found), batch_size=size
+        )
 
-    return (
+    found = (
         {name: own(stack) for name, stack in stacks.items()}
         | {name: through(found) for name, found in routed.items()}
-        | {name: other(model) for name, model in peft.items()}
+        | {name: other(name) for name in peft}
     )
+    return found, best
 
 
 def _soft(stack: Sequence[SoftPrompt]) -> Tensor:
@@ -121,6 +148,7 @@ def over(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float:
 
 
 def figures(seconds: Mapping[str, Sequence[float]], texts: int) -> dict[str, float]:
+    """``texts``: of one turn."""
     return {
         **{name: over(seconds, one, other) for name, (one, other) in RATIOS.items()},
         "texts_per_second": texts / statistics.median(seconds["active"]),
@@ -142,6 +170,6 @@ def differences(llm: FrozenLLM, texts: Sequence[str]) -> dict[str, float]:
         plain = torch.cat([concatenated(llm, soft, [row]) for row in rows])
         found[name] = float((llm.logits(classifier.hidden(texts, stack)) - plain).abs().max())
         if soft is not None:
-            theirs = torch.cat([Peft(llm, soft, last_only=True).scores([text]) for text in texts])
+            theirs = torch.cat([Peft(llm, soft, last_only=True).scores([row]) for row in rows])
             found[f"{name}_of_peft"] = float((theirs - plain).abs().max())
     return found

@@ -8,8 +8,8 @@ hang up before the answer.
 
 The server's resident memory is read every second; after the first fifth a line is fitted through it. Minutes say
 little about hours: the slope comes with its standard error. Ends with one JSON line; exit status 1 where a status was
-5xx (other than 503 with Retry-After), a connection broke or a label was wrong. ``--json`` prints the recorded result
-and computes nothing.
+5xx (other than 503 with Retry-After), a connection broke, a label was wrong or memory grows: by more than 1 % an hour,
+two standard errors aside. ``--json`` prints the recorded result and computes nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ KINDS = ("single", "lengths", "bulk")
 BULK = 64
 LONGEST_WORDS = 160
 WARM_UP = 0.2  # of the time
-FAULTS = ("other_5xx", "other_errors", "broken_connections", "wrong_labels")
+GROWTH = 1.0  # percent an hour of memory that is no leak
+FAULTS = ("other_5xx", "other_errors", "broken_connections", "wrong_labels", "rss_grows")
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,15 @@ def wrong_labels(samples: Sequence[Sample], indices: Sequence[Sequence[int]], pr
 
 def figures(samples: Sequence[Sample], readings: Sequence[Reading], options: Options) -> dict[str, Any]:
     """Raises ValueError when nothing was answered or the readings are too few."""
-    began = min(sample.start for sample in samples)
     answered = [s for s in samples if s.status == 200]
+    if not answered:
+        raise ValueError("nothing was answered")
+    began = min(sample.start for sample in samples)
     latencies = [s.end - s.start for s in answered]
     in_time = sum(s.end <= began + options.seconds for s in answered)
     warm = [r for r in readings if r.at >= readings[0].at + WARM_UP * options.seconds]
     first, slope, error = fit_line([r.at for r in warm], [r.rss for r in warm])
+    slope, error = (100 * 3600 * value / first for value in (slope, error))
     return {
         "clients": options.clients,
         "texts": options.kind,
@@ -170,8 +174,10 @@ def figures(samples: Sequence[Sample], readings: Sequence[Reading], options: Opt
         "left": sum(s.error == LEFT for s in samples),
         "rss_start_mb": round(warm[0].rss / 2**20, 2),
         "rss_end_mb": round(warm[-1].rss / 2**20, 2),
-        "rss_slope_percent_per_hour": round(100 * 3600 * slope / first, 3),
-        "rss_slope_stderr": round(100 * 3600 * error / first, 3),
+        "rss_slope_percent_per_hour": round(slope, 3),
+        "rss_slope_stderr": round(error, 3),
+        "rss_slope_limit": GROWTH,
+        "rss_grows": slope - 2 * error > GROWTH,
         "rss_mb": [round(r.rss / 2**20, 1) for r in readings[:: max(1, len(readings) // 50)]],
         "files_open_most": max(r.files for r in readings),
     }

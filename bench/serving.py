@@ -1,34 +1,42 @@
-"""Classification beside the bare model, PEFT and itself: ``python -m bench.serving``. Wants an idle machine.
+"""Classification beside the bare model, PEFT and itself: ``python -m bench.serving [--record | --json]``.
+
+Wants an idle machine.
 
 One model, one process, every way of asking it taken in turns; ratios are medians of the rounds' ratios, above 1 is
 quicker. Texts: SST-2's test set from ``--data`` (as ``bench.quality``), else the demo's held-out reviews.
 
 - ``bench.engine``: no prompt, one, four before every query; routed, where the gate claims none or all; PEFT's prompt
-  tuning with the same virtual tokens on the same quantized model, texts of similar lengths together, with and without
-  ``logits_to_keep=1``. Largest logit differences from plain concatenation, on the float32 model.
+  tuning with the same virtual tokens on the same quantized model, texts of similar lengths together, in passes of the
+  number of rows that suits it best, with and without ``logits_to_keep=1``. Either side tokenizes its texts once, inside
+  the measured time. A batch of 16 is a pass of 16 rows, of which a turn takes four. Largest logit differences from
+  plain concatenation, on the float32 model.
 - HTTP: a ``letheon serve`` process with one request in force, ``--clients`` clients with one text each, closed loop,
   against the same texts through the engine in this process; and against a server that runs each text alone.
 - The 99th percentile of the latency while every second a request is activated or revoked, over that of a steady set.
+  Its gate claims one text in sixteen: each time it comes the keys and values of its prompt are computed, and while it
+  is in force the claimed texts run again behind it. That they did is read from the server's own metrics.
 
-``--json`` prints the recorded result and computes nothing.
+``--record`` keeps the result, ``--json`` prints the recorded one and computes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import json
 import os
 import platform
 import random
+import re
 import signal
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +55,16 @@ from bench.routing_cost import interleaved, quantile
 from bench.site import Site, add_space, deployed, put_in_force
 from bench.tuned import parse, record
 from models.examples import read_examples
-from models.inference import Classifier
+from models.inference import Classifier, Encoded
 from models.llm import FrozenLLM
-from models.routing import Routes, classify_routed
+from models.routing import Route, Routes, classify_routed
+from models.text_states import text_states
 
 SWAP_SECONDS = 1.0
-ENGINE_ROUNDS = 3  # for each of --rounds: a batch takes a second
+SWAP_CLAIMS = 1 / 16  # of the texts
+ENGINE_ROUNDS = 3  # for each of --rounds: a turn takes a second
+TURN = 64  # texts of a turn, or one batch where that is more
+ASKED = 2048  # texts that the clients take in turn, and so does the engine beside them
 TOGETHER = 0.2  # seconds within which the answers of one batch arrive
 
 
@@ -70,10 +82,12 @@ def over_the_model(run: Bench, sizes: Sequence[int]) -> dict[str, Any]:
     """The engine's figures, and by batch size; a ratio's is that of the size where it is worst."""
     llm = FrozenLLM.load(**load_arguments(run.settings))
     rounds = ENGINE_ROUNDS * run.rounds
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for size in sizes:
-        batches = [run.texts[i * size : (i + 1) * size] for i in range(rounds + 1)]
-        found[str(size)] = engine.figures(interleaved(engine.ways(llm, batches), rounds), size)
+        count = max(size, TURN)
+        turns = [[run.texts[i % len(run.texts)] for i in range(n * count, (n + 1) * count)] for n in range(rounds + 1)]
+        ways, passes = engine.ways(llm, turns, size)
+        found[str(size)] = {**engine.figures(interleaved(ways, rounds), count), "rows_of_a_pass": passes}
         run.console.print(size, found[str(size)])
     exact = FrozenLLM.load(**load_arguments(run.settings.model_copy(update={"quantization": "none"})))
     differences = engine.differences(exact, run.texts[:64])
@@ -97,7 +111,7 @@ def through_http(run: Bench) -> dict[str, Any]:
         llm = FrozenLLM.load(**load_arguments(run.settings))
         rates: dict[str, list[float]] = {"engine": [], "http": [], "http_unbatched": []}
         for number in range(run.rounds + 1):
-            texts = run.texts[number * 997 % len(run.texts) :] + run.texts
+            texts = (run.texts[number * 997 % len(run.texts) :] + run.texts)[:ASKED]
             found = {
                 "engine": in_process(llm, probes, site, texts, run.clients, run.seconds),
                 "http": rate(load(site, 0, texts, run.clients, run.seconds)),
@@ -106,7 +120,7 @@ def through_http(run: Bench) -> dict[str, Any]:
             run.console.print({name: round(value, 1) for name, value in found.items()})
             for name, value in found.items() if number else ():  # the first round warms up
                 rates[name].append(value)
-        latency = swapped(run, site, probes)
+        latency = swapped(run, site, claiming(llm, probes, run.texts[:512], site))
     return {
         "http_over_engine": median_ratio(rates["http"], rates["engine"]),
         "batched_over_unbatched": median_ratio(rates["http"], rates["http_unbatched"]),
@@ -116,20 +130,35 @@ def through_http(run: Bench) -> dict[str, Any]:
 
 
 def in_process(llm: FrozenLLM, probes: Probes, site: Site, texts: Sequence[str], size: int, seconds: float) -> float:
-    """Texts a second, in batches of ``size``, as the server would answer them."""
+    """Texts a second, in batches of ``size``, as the server's model thread would answer them.
+
+    What the server does beside that thread, tokens and digests, is done before the clock starts.
+    """
     route = probes.route(0, "guard", site.vault, 0)
     routes = Routes([route], {probes.space.digest: probes.space}, fingerprint=llm.fingerprint)
-    classifier, done, started = Classifier(llm), 0, time.perf_counter()
-    while (took := time.perf_counter() - started) < seconds or not done:
-        batch = [texts[(done + i) % len(texts)] for i in range(size)]
-        classify_routed(classifier, routes, batch, digest=site.vault.gate_digest, max_prompts=4)
+    rows = llm.rows(texts)
+    encoded = [Encoded(row, site.vault.gate_digest(text)) for row, text in zip(rows, texts, strict=True)]
+    classifier, done, took = Classifier(llm), 0, 0.0
+    classifier.prefix(())  # the server has it since its first batch
+    started = time.perf_counter()
+    while took < seconds:
+        batch = [encoded[(done + i) % len(encoded)] for i in range(size)]
+        classify_routed(classifier, routes, batch, digest=None, max_prompts=4)
         done += size
-    return done / took if took >= seconds else 0.0
+        took = time.perf_counter() - started
+    return done / took
+
+
+def claiming(llm: FrozenLLM, probes: Probes, texts: Sequence[str], site: Site) -> Route:
+    """A prompt, and a gate that claims SWAP_CLAIMS of ``texts`` and leaves every one of them to the prompt."""
+    route = probes.route(1, "claim", site.vault, 1)
+    cosines = (probes.space.points(text_states(llm, texts)) @ route.gate.directions[0]).tolist()
+    return Route(route.prompt, replace(route.gate, threshold=quantile(cosines, 1 - SWAP_CLAIMS)))
 
 
 def load(site: Site, replica: int, texts: Sequence[str], clients: int, seconds: float) -> list[Sample]:
     """Raises SystemExit when an answer is neither 200 nor a 503 with Retry-After."""
-    bodies = [{"text": text} for text in texts[:2048]]
+    bodies = [{"text": text} for text in texts[:ASKED]]
     samples = asyncio.run(drive(site.replicas[replica].url, site.key, bodies, clients=clients, seconds=seconds))
     if failed := [sample for sample in samples if sample.failed]:
         raise SystemExit(f"{len(failed)} of {len(samples)} failed: {failed[0].status} {failed[0].error}")
@@ -137,55 +166,97 @@ def load(site: Site, replica: int, texts: Sequence[str], clients: int, seconds: 
 
 
 def rate(samples: Sequence[Sample]) -> float:
-    """Answers a second while all clients ask: from the first answer to the last question."""
+    """Answers a second while all clients ask: from the end of the first batch of answers to the last question.
+
+    Raises SystemExit when no answer came between.
+    """
     ends = sorted(sample.end for sample in samples if sample.status == 200)
     asked = max(sample.start for sample in samples)
-    last = max(end for end in ends if end <= asked)
-    # Answers come a batch at a time: those of the first one were waited for before the clock started.
-    return sum(ends[0] + TOGETHER < end <= last for end in ends) / (last - ends[0])
+    # Answers come a batch at a time: those of the first one were waited for before the clock starts.
+    first = max((end for end in ends if end <= ends[0] + TOGETHER), default=asked)
+    within = [end for end in ends if first < end <= asked]
+    if not within:
+        raise SystemExit("too few answers for a rate; take more --seconds")
+    return len(within) / (within[-1] - first)
 
 
-def swapped(run: Bench, site: Site, probes: Probes) -> dict[str, Any]:
-    """Latency with a steady set, and while a request comes or goes each second; in turns."""
-    steady, changing, changes = [], [], 0
-    route = probes.route(1, "guard", site.vault, 1)
+def swapped(run: Bench, site: Site, route: Route) -> dict[str, Any]:
+    """Latency with a steady set, and while ``route`` comes or goes each second; in turns.
 
-    def swap(counter: Iterator[int]) -> None:
-        prompt_id: str | None = None
-        with httpx2.Client(base_url=site.replicas[0].url, headers={"Authorization": f"Bearer {site.key}"}) as admin:
-            while not stop.is_set():
-                began = time.monotonic()
-                if prompt_id is None:
-                    prompt_id, _, _ = put_in_force(site.sessions, site.vault, site.settings, route, ["two"])
-                else:
-                    path = f"/admin/prompts/{prompt_id}/revoke"
-                    admin.post(path, json={"reason": "bench"}, timeout=60).raise_for_status()
-                    prompt_id = None
-                next(counter)
-                time.sleep(max(0.0, SWAP_SECONDS - (time.monotonic() - began)))
-
-    for _ in range(run.rounds):
-        steady.append(latencies(load(site, 0, run.texts, run.clients, 2 * run.seconds)))
-        stop, counter = threading.Event(), itertools.count()
-        thread = threading.Thread(target=swap, args=(counter,))
-        thread.start()
-        try:
-            changing.append(latencies(load(site, 0, run.texts, run.clients, 2 * run.seconds)))
-        finally:
-            stop.set()
-            thread.join()
-        changes += next(counter)
-    p99 = {name: [quantile(found, 0.99) for found in rounds] for name, rounds in (("s", steady), ("c", changing))}
+    Raises SystemExit when it came and went less than half as often, or when no text ran behind its prompt.
+    """
+    steady: list[list[Sample]] = []
+    changing: list[list[Sample]] = []
+    changes, before = 0, prompted(site)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(run.rounds):
+            steady.append(load(site, 0, run.texts, run.clients, 2 * run.seconds))
+            stop = threading.Event()
+            swapping = pool.submit(swap, site, route, stop)
+            try:
+                changing.append(load(site, 0, run.texts, run.clients, 2 * run.seconds))
+            finally:
+                stop.set()
+                changes += swapping.result()  # raises what went wrong there
+    due, claimed = run.rounds * 2 * run.seconds / SWAP_SECONDS, prompted(site) - before
+    if changes < due / 2 or not claimed:
+        raise SystemExit(f"{changes} changes of about {due:.0f}, {claimed:.0f} texts behind the prompt that came")
     return {
-        "p99_during_swap": median_ratio(p99["c"], p99["s"]),
-        "p99_ms": 1000 * statistics.median(p99["s"]),
-        "p50_ms": 1000 * statistics.median(statistics.median(found) for found in steady),
+        **swap_figures(steady, changing),
         "changes": changes,
+        "changes_due": round(due),
+        "prompted_texts": int(claimed),
     }
 
 
-def latencies(samples: Sequence[Sample]) -> list[float]:
-    return [sample.end - sample.start for sample in samples if sample.status == 200]
+def swap(site: Site, route: Route, stop: threading.Event) -> int:
+    """Puts ``route`` in force and takes it out again, until told to stop; how often it did either. Leaves it out."""
+    prompt_id: str | None = None
+    changes = 0
+    with httpx2.Client(base_url=site.replicas[0].url, headers={"Authorization": f"Bearer {site.key}"}) as admin:
+
+        def revoke(prompt_id: str) -> None:
+            admin.post(f"/admin/prompts/{prompt_id}/revoke", json={"reason": "bench"}, timeout=60).raise_for_status()
+
+        while not stop.is_set():
+            began = time.monotonic()
+            if prompt_id is None:
+                prompt_id, _, _ = put_in_force(site.sessions, site.vault, site.settings, route, ["two"])
+            else:
+                revoke(prompt_id)
+                prompt_id = None
+            changes += 1
+            stop.wait(max(0.0, SWAP_SECONDS - (time.monotonic() - began)))
+        if prompt_id is not None:
+            revoke(prompt_id)
+    return changes
+
+
+def prompted(site: Site) -> float:
+    """Texts that the first replica has answered so far after a prompt had its say."""
+    url = f"{site.replicas[0].url}/metrics"
+    text = httpx2.get(url, headers={"Authorization": f"Bearer {site.key}"}, timeout=60).raise_for_status().text
+    found = re.findall(r'^letheon_classified_texts_total\{outcome="(?:cleared|abstained)"\} (\S+)$', text, re.MULTILINE)
+    if len(found) != 2:
+        raise SystemExit("the server's metrics do not say how texts were answered")
+    return sum(float(value) for value in found)
+
+
+def swap_figures(steady: Sequence[Sequence[Sample]], changing: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """By round. What was refused waited, too."""
+    seconds = {
+        name: [[sample.end - sample.start for sample in samples] for samples in rounds]
+        for name, rounds in (("steady", steady), ("changing", changing))
+    }
+    p99 = {name: [quantile(found, 0.99) for found in rounds] for name, rounds in seconds.items()}
+    return {
+        "p99_during_swap": median_ratio(p99["changing"], p99["steady"]),
+        "p99_ms": 1000 * statistics.median(p99["steady"]),
+        "p99_changing_ms": 1000 * statistics.median(p99["changing"]),
+        "p50_ms": 1000 * statistics.median(statistics.median(found) for found in seconds["steady"]),
+        "refused_steady": sum(sample.refused for samples in steady for sample in samples),
+        "refused_changing": sum(sample.refused for samples in changing for sample in samples),
+    }
 
 
 def median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
@@ -211,6 +282,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each round over HTTP")
     parser.add_argument("--part", choices=["all", "engine", "http"], default="all")
+    parser.add_argument("--record", action="store_true", help="keep the result where --out says")
     args = parse(parser, Path("docs/bench/serving.json"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the processes go, too
     settings = get_settings().model_copy(update={"quantization": args.quantization})
@@ -229,10 +301,13 @@ def main() -> None:
     table.add_column("figure")
     table.add_column("", justify="right")
     for name, value in found.items():
-        if isinstance(value, float):
-            table.add_row(name, f"{value:.3f}")
+        if isinstance(value, (int, float)):
+            table.add_row(name, f"{value:.4g}")
     console.print(table)
-    record(args, found)
+    if args.record:
+        record(args, found)
+    else:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

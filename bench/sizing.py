@@ -2,28 +2,31 @@
 
 A Llama of that shape with random weights, which cost what others do; every layer holds a copy of the same ones, so that
 building it is quick and its memory is real. SST-2 texts (``--data``), else the demo's held-out reviews, in batches,
-with one request in force that claims nothing. Texts a second, the seconds of a single text, and memory with and without
-the weights. One shape a run: what one leaves behind would be counted with the next. ``--json`` prints the record of
-all.
+with one request in force that claims nothing. Texts a second, the seconds of a single text, and memory: of the weights,
+while serving, and the process's peak, building included. One shape a run: what one leaves behind would be counted with
+the next. ``--json`` prints the record of all.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import random
+import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from app.defaults import load_arguments
@@ -32,7 +35,7 @@ from app.settings import get_settings
 from bench import engine
 from models.examples import read_examples
 from models.inference import Classifier
-from models.llm import FrozenLLM, Quantization, load_base, quantize
+from models.llm import FrozenLLM, Quantization, quantize
 from models.routing import classify_routed
 from models.template import Template, Tokenizer, Verbalizer
 
@@ -56,6 +59,21 @@ SHAPES = {
     "7B": Shape(4096, 32, 32, 32, 11008),  # LLaMA 2
     "13B": Shape(5120, 40, 40, 40, 13824),
 }
+
+
+def words(source: str) -> tuple[Tokenizer, int]:
+    """The tokenizer of a model and the size of its vocabulary, without its weights: freed memory is not all given back,
+    and what is built next would fill it unseen."""
+    path = Path(source)
+    gguf = path.suffix.lower() == ".gguf"
+    folder, kwargs = (str(path.parent), {"gguf_file": path.name}) if gguf else (source, {})
+    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    return cast(Tokenizer, tokenizer), AutoConfig.from_pretrained(folder, **kwargs).vocab_size
+
+
+def peak_bytes() -> int:
+    """The most that this process ever had resident, since it started."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Holder(nn.Module):
@@ -142,12 +160,12 @@ def main() -> None:
         source = args.data / "test_retain.jsonl.gz" if args.data else reviews_dir(settings.home) / "held_out.jsonl"
         texts = [row.text for row in read_examples(str(source), labels=settings.labels)]
         random.Random(0).shuffle(texts)
-        base, tokenizer, _ = load_base(str(load_arguments(settings)["source"]), torch.float32)
-        vocabulary = base.config.vocab_size
-        del base
+        tokenizer, vocabulary = words(str(load_arguments(settings)["source"]))
         process = psutil.Process()
+        gc.collect()
         before = process.memory_info().rss
         llm = build(SHAPES[args.shape], tokenizer, vocabulary, args.quantization, args.device)
+        gc.collect()
         built = process.memory_info().rss
         result = {
             "parameters": sum(p.numel() for p in llm.model.parameters() if p.dtype != torch.uint8)
@@ -157,6 +175,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "weights_mib": (built - before) / MIB,
             "serving_mib": process.memory_info().rss / MIB,
+            "peak_mib": peak_bytes() / MIB,
         }
         if args.device == "cuda":
             result["device_mib"] = torch.cuda.max_memory_allocated() / MIB
