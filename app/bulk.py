@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any
 
 from app.bulk_rows import MAX_TEXT_BYTES, Row
@@ -23,6 +24,7 @@ MAX_CALL_BYTES = MAX_TEXT_BYTES  # of input; a row that is larger goes alone
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0
 _LEAVE_SECONDS = 1.0
+_STEADY_CALLS = 16  # that got through in a row, before more is asked for again
 _TEXT_FIELD = re.compile(r"texts\[(\d{1,9})\]")
 
 Answer = dict[str, Any]
@@ -33,6 +35,68 @@ Call = Callable[[Sequence[str]], dict[str, Any]]
 
 class Stopped(Exception):
     """Nobody waits for the answers any more."""
+
+
+class _Pace:
+    """How much to ask for at once: half where no answer comes in time, more again once a while of calls got through.
+
+    ``batch``: texts of a call. ``calls``: that may be in flight, which matters once a single text is too slow.
+    """
+
+    def __init__(self, batch: int, stop: threading.Event) -> None:
+        self.batch = self._most = batch
+        self.calls: int | None = None  # None: as many as come
+        self._flying = self._through = 0
+        self._needed, self._grown = _STEADY_CALLS, False
+        self._stop = stop
+        self._change = threading.Condition()
+
+    def limit(self, batch: int) -> None:
+        """The server takes no more than this, ever."""
+        with self._change:
+            self._most = min(self._most, batch)
+            self.batch = min(self.batch, batch)
+
+    @contextmanager
+    def turn(self) -> Generator[None]:
+        """Waits until a call may go."""
+        with self._change:
+            self._change.wait_for(lambda: self.calls is None or self._flying < self.calls or self._stop.is_set())
+            self._flying += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._flying -= 1
+                self._change.notify_all()
+
+    def wake(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    def too_slow(self, count: int) -> None:
+        """No answer came in time to ``count`` texts. Called within its turn."""
+        with self._change:
+            if count > 1:
+                self.batch = min(self.batch, (count + 1) // 2)
+            else:
+                self.calls = max(min(self.calls or self._flying, self._flying) // 2, 1)
+            if self._grown:  # not once more for each of the calls that were refused together
+                self._grown = False
+                self._needed = min(2 * self._needed, 64 * _STEADY_CALLS)  # a try that fails costs a deadline
+            self._through = 0
+
+    def got_through(self) -> None:
+        with self._change:
+            self._through += 1
+            if self._through >= self._needed and (self.calls is not None or self.batch < self._most):
+                self._through, self._grown = 0, True
+                if self.calls is not None:
+                    # Once more are allowed than the window holds, it is no limit.
+                    self.calls = 2 * self.calls if self._flying >= self.calls else None
+                else:
+                    self.batch = min(2 * self.batch, self._most)
+                self._change.notify_all()
 
 
 class Asker:
@@ -48,16 +112,22 @@ class Asker:
         on_wait: Callable[[str | None], None] = lambda why: None,
     ) -> None:
         """``on_wait`` hears why a call waits, and None when one got through again; from the calls' threads."""
-        self.batch = batch  # rows of a call; less once the server has named its limits
         self.bytes = MAX_CALL_BYTES
         self._call, self._min_version = call, min_version
         self._patience, self._on_wait = patience, on_wait
         self._waiting = False
         self._stop = threading.Event()
+        self._pace = _Pace(batch, self._stop)
+
+    @property
+    def batch(self) -> int:
+        """Rows of a call: less once the server has named its limits, or is slow."""
+        return self._pace.batch
 
     def stop(self) -> None:
         """Calls that wait end with Stopped."""
         self._stop.set()
+        self._pace.wake()
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
         """One answer or fault for each row. Raises ApiError and Unreachable for what is no row's fault; Stopped."""
@@ -67,6 +137,9 @@ class Asker:
             part = parts.pop()
             if not part:
                 continue
+            if len(part) > (most := self.batch):  # which may have become less since these rows were put together
+                parts.append(part[most:])
+                part = part[:most]
             try:
                 answers = self._patiently([rows[i].text or "" for i in part])
             except ApiError as refusal:
@@ -93,8 +166,10 @@ class Asker:
             return (count + 1) // 2
         limit = limits.get("texts")
         if refusal.status_code == 422 and isinstance(limit, int) and 0 < limit < count:
-            self.batch = min(self.batch, limit)
+            self._pace.limit(limit)
             return limit
+        if _too_slow(refusal) and count > 1:
+            return (count + 1) // 2
         return 0
 
     def _patiently(self, texts: Sequence[str]) -> list[Answer]:
@@ -102,14 +177,16 @@ class Asker:
         delay = _FIRST_DELAY
         while not self._stop.is_set():
             try:
-                answers = _answers(self._call(texts), len(texts), self._min_version)
+                answers = self._once(texts)
             except (ApiError, Unreachable) as error:
+                if _too_slow(error) and len(texts) > 1:
+                    self._wait_is_told(error.detail)
+                    raise
                 since = since if since is not None else time.monotonic()
                 left = since + self._patience - time.monotonic()
                 if not _may_pass(error) or not left > 0 or self._stop.is_set():
                     raise
-                self._waiting = True
-                self._on_wait(error.detail)
+                self._wait_is_told(error.detail)
                 pause = error.retry_after if isinstance(error, ApiError) and error.retry_after is not None else delay
                 # Calls that were refused together do not come back together.
                 self._stop.wait(min(pause * random.uniform(1.0, 1.25), left))
@@ -120,6 +197,23 @@ class Asker:
                     self._on_wait(None)
                 return answers
         raise Stopped
+
+    def _once(self, texts: Sequence[str]) -> list[Answer]:
+        with self._pace.turn():
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                answers = _answers(self._call(texts), len(texts), self._min_version)
+            except ApiError as error:
+                if _too_slow(error):
+                    self._pace.too_slow(len(texts))
+                raise
+            self._pace.got_through()
+            return answers
+
+    def _wait_is_told(self, why: str) -> None:
+        self._waiting = True
+        self._on_wait(why)
 
 
 def classify_rows(
@@ -192,6 +286,11 @@ def _in_thread(answer: Callable[[list[Row]], list[Answer]], batch: list[Row]) ->
 
 def _may_pass(error: ApiError | Unreachable) -> bool:
     return isinstance(error, Unreachable) or error.status_code in (408, 429) or error.status_code >= 500
+
+
+def _too_slow(error: ApiError | Unreachable) -> bool:
+    """Whether fewer texts might have been answered in time. The same ones again are as slow, and start over."""
+    return isinstance(error, ApiError) and (error.problem_code == "deadline-exceeded" or error.status_code == 504)
 
 
 def _bad_texts(refusal: ApiError, count: int) -> dict[int, str]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.bulk import Answer, Asker, Call, classify_rows, until_fault
+from app.bulk import Answer, Asker, Call, Stopped, classify_rows, until_fault
 from app.bulk_rows import Row
 from app.client import ApiError, Unreachable
 from app.errors import InvalidInput
@@ -31,8 +31,11 @@ def body(texts: Sequence[str], version: int = 1) -> dict[str, Any]:
     return {"results": results, "active_set_version": version}
 
 
-def problem(status: int, *errors: dict[str, Any], retry_after: float | None = None) -> ApiError:
-    return ApiError("refused", status_code=status, problem_code="x", errors=errors, retry_after=retry_after)
+def problem(status: int, *errors: dict[str, Any], code: str = "x", retry_after: float | None = None) -> ApiError:
+    return ApiError("refused", status_code=status, problem_code=code, errors=errors, retry_after=retry_after)
+
+
+SLOW = [problem(503, code="deadline-exceeded"), problem(504)]  # the server's, and that of a proxy before it
 
 
 class Server:
@@ -157,6 +160,120 @@ def test_waiting_is_told_and_retry_after_is_kept(monkeypatch: pytest.MonkeyPatch
     assert told == ["refused", "gone", "refused", "refused", None]
     assert times[1] - times[0] >= 0.4
     assert len(times) == 5
+
+
+@pytest.mark.parametrize("refusal", SLOW)
+@pytest.mark.parametrize("fast_enough_for", [1, 3, 40])
+def test_a_call_that_gets_no_answer_in_time_is_made_smaller(
+    refusal: ApiError, fast_enough_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    told: list[str | None] = []
+
+    def call(texts: Sequence[str]) -> dict[str, Any]:
+        sizes.append(len(texts))
+        if len(texts) > fast_enough_for:
+            raise refusal
+        return body(texts)
+
+    monkeypatch.setattr("app.bulk._STEADY_CALLS", 10_000)
+    texts = [f"film {i}" for i in range(300)]
+    found = answers(call, texts, window=1, patience=0.0, on_wait=told.append)
+    assert [answer["letheon_label"] for answer in found] == texts
+    halves = [64, 32, 16, 8, 4, 2, 1]
+    refused = [size for size in halves if size > fast_enough_for]
+    assert sizes[: len(refused)] == refused, "halved, and each size is tried once"
+    assert set(sizes[len(refused) :]) <= set(range(1, halves[len(refused)] + 1))
+    assert told == ["refused"] * len(refused) + [None]
+
+
+def test_a_single_text_that_is_too_slow_is_asked_by_fewer_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(4)
+    lock = threading.Lock()
+    calls = at_once = most = 0
+
+    def call(texts: Sequence[str]) -> dict[str, Any]:
+        nonlocal calls, at_once, most
+        with lock:
+            calls += 1
+            first = calls <= 4
+        if first:
+            together.wait(10)  # so that four are in flight
+            raise SLOW[0]
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.002)  # others would come in between
+        with lock:
+            at_once -= 1
+        return body(texts)
+
+    monkeypatch.setattr("app.bulk._FIRST_DELAY", 0.001)
+    texts = [f"film {i}" for i in range(15)]  # of 16 that get through more would come of it
+    assert [answer["letheon_label"] for answer in answers(call, texts, batch=1)] == texts
+    assert (calls, most) == (19, 1)
+
+
+def test_a_server_that_was_slow_for_a_while_gets_full_calls_again() -> None:
+    sizes: list[int] = []
+
+    def call(texts: Sequence[str]) -> dict[str, Any]:
+        sizes.append(len(texts))
+        if len(sizes) <= 3:
+            raise SLOW[0]
+        return body(texts)
+
+    answers(call, (f"film {i}" for i in range(2000)), window=1)
+    assert sizes[:4] == [64, 32, 16, 8]
+    assert sizes[-2:-1] == [64]
+
+
+def test_a_try_that_is_too_slow_is_made_ever_more_rarely() -> None:
+    sizes: list[int] = []
+
+    def call(texts: Sequence[str]) -> dict[str, Any]:
+        sizes.append(len(texts))
+        if len(texts) > 4:
+            raise SLOW[0]
+        return body(texts)
+
+    answers(call, (f"film {i}" for i in range(4000)), window=1)
+    assert 2 < sum(size == 8 for size in sizes) < 10
+
+
+def test_leaving_ends_what_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, second = threading.Event(), threading.Event()
+    seen = count()
+
+    def call(texts: Sequence[str]) -> dict[str, Any]:
+        if next(seen) == 0:
+            raise SLOW[0]  # so that one call goes at a time
+        second.set()
+        assert silent.wait(20)
+        return body(texts)
+
+    monkeypatch.setattr("app.bulk._FIRST_DELAY", 0.001)
+    asker = Asker(call, batch=1)
+    ended: list[str] = []
+
+    def ask(text: str) -> None:
+        try:
+            asker.answer(list(rows_of([text])))
+        except Stopped:
+            ended.append(text)
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in "abc"]
+    threads[0].start()
+    assert second.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    asker.stop()
+    for thread in threads[1:]:
+        thread.join(10)
+    assert sorted(ended) == ["b", "c"] and next(seen) == 2, "without a call, while the first is still in flight"
+    silent.set()
+    threads[0].join(10)
+    assert ended[2:] == []
 
 
 @pytest.mark.parametrize("error", [problem(503, retry_after=60.0), Unreachable("gone"), problem(500)])
