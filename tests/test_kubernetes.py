@@ -275,6 +275,14 @@ def test_pods_wait_for_the_migration(tmp_path: Path) -> None:
         assert run_init("letheon-api", "migrated", environment, tmp_path, 60).returncode == 0
 
 
+def test_the_collector_of_the_example_is_within_reach() -> None:
+    """In the cluster only: the network policy lets no pod send to that port elsewhere."""
+    (port,) = re.findall(r"OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:(\d+)", (ROOT / ".env.example").read_text())
+    rules = find("NetworkPolicy", "letheon-egress")["spec"]["egress"]
+    (rule,) = (rule for rule in rules if {"port": int(port)} in rule["ports"])
+    assert rule["to"] == [{"namespaceSelector": {}}] and rule["ports"] == [{"port": int(port)}]
+
+
 @pytest.mark.parametrize("pod", ["letheon-api", "letheon-worker"])
 def test_nothing_is_fetched_where_model_and_data_are_configured(pod: str, tmp_path: Path) -> None:
     own = {"LETHEON_MODEL": "/models/mine", "LETHEON_RETAIN": "/data/mine.jsonl", "LETHEON_HOME": str(tmp_path)}
