@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
+from app import batching
 from app.batching import Batcher
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
@@ -170,32 +170,58 @@ def test_leaving_while_batches_are_taken_never_loses_count() -> None:
     batcher.close(10)
 
 
-def test_callers_that_come_back_share_their_batches() -> None:
+def test_callers_that_come_back_share_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the wait they would take turns in two groups, each of which finds the other one running."""
     sizes: list[int] = []
+    entered, may_end = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(jobs: list[list[int]]) -> list[int]:
         sizes.append(len(jobs))
-        time.sleep(0.05)
+        entered.release()
+        assert may_end.acquire(timeout=20)
         return [sum(job) for job in jobs]
 
+    def linger(seconds: float) -> None:
+        """After batches that end from now on."""
+        monkeypatch.setattr(batching, "LINGER", 1e9)
+        monkeypatch.setattr(batching, "MAX_LINGER_SECONDS", seconds)
+
     batcher: Batcher[list[int], int] = Batcher(run, weigh=len, max_batch=16, max_queued=100)
-    turns = iter(range(10_000))
 
-    def ask(number: int) -> None:
-        time.sleep(0.01 * number)  # they do not begin together
-        while next(turns) < 120:
-            batcher.submit([1]).result(20)
+    def ask(number: int) -> list[Future[int]]:
+        return [batcher.submit([1]) for _ in range(number)]
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert statistics.median(sizes) == 8
-    for _ in range(5):
-        batcher.submit([1]).result(20)
-    assert sizes[-5:] == [1] * 5
+    def end(running: list[Future[int]]) -> None:
+        may_end.release()
+        assert [future.result(10) for future in running] == [1] * len(running)
+
+    def begins() -> None:
+        assert entered.acquire(timeout=10)
+
+    linger(0.0)
+    alone = ask(1)
+    begins()
+    one = ask(4)
+    end(alone)
+    begins()
+    other = ask(4)  # they find the first group running
+    linger(60.0)  # longer than anything here waits
+    end(one)
+    together = other + ask(4)
+    for _ in range(3):
+        begins()
+        assert sizes[-1] == 8, sizes
+        end(together)
+        together = ask(8)
+    begins()
+    linger(0.0)
+    end(together)
+    for _ in range(4):
+        alone = ask(1)
+        begins()
+        linger(60.0)
+        end(alone)
+    assert sizes == [1, 4, 8, 8, 8, 8, 1, 1, 1, 1], "who comes one at a time waits for nobody"
     batcher.close(10)
 
 

@@ -466,7 +466,7 @@ def peak(*arguments: str | Path) -> int:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 200_000
+    rows = 100_000
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     with source.open("w") as file:
         file.writelines(json.dumps({"id": i, "text": f"film {i}", "more": "x" * 250}) + "\n" for i in range(rows))
@@ -478,7 +478,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         small = peak("--file", few, "--output", tmp_path / "few-out.jsonl", "--batch", "256")
         large = peak("--file", source, "--output", out, "--batch", "256")
         again = peak("--file", source, "--output", out)  # nothing but reading what is there
-    assert source.stat().st_size > 50e6
+    assert source.stat().st_size > 25e6
     print("peaks:", small, large, again)
     assert max(large, again) - small < 8e6
     with out.open() as file:

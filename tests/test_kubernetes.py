@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -246,15 +247,25 @@ def test_only_what_needs_it_gets_the_master_key_and_nothing_real_is_written_down
 # --- the shell of the init containers, run for real -------------------------------------------------------------------
 
 
+def init_command(pod: str, name: str) -> list[str]:
+    (container,) = [c for c in pods()[pod]["initContainers"] if c["name"] == name]
+    command: list[str] = container["command"]
+    return command
+
+
+def init_environment(own: dict[str, str]) -> dict[str, str]:
+    """A `letheon` and a `python` that are this environment's come first on the path."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "PYTHONPATH": str(ROOT), **own}
+
+
 def run_init(
     pod: str, name: str, environment: dict[str, str], cwd: Path, seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """A `letheon` and a `python` that are this environment's come first on the path. Raises TimeoutExpired."""
-    (container,) = [c for c in pods()[pod]["initContainers"] if c["name"] == name]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    """Raises TimeoutExpired."""
     return subprocess.run(
-        container["command"],
-        env={"PATH": path, "PYTHONPATH": str(ROOT), **environment},
+        init_command(pod, name),
+        env=init_environment(environment),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -267,12 +278,27 @@ def test_pods_wait_for_the_migration(tmp_path: Path) -> None:
     scripts = {pods()[pod]["initContainers"][0]["command"][-1] for pod in ("letheon-api", "letheon-worker")}
     assert len(scripts) == 1
     with fresh_database(database_kinds()[-1], tmp_path) as url:
-        environment = {"DATABASE_URL": url}
-        with pytest.raises(subprocess.TimeoutExpired) as waiting:
-            run_init("letheon-api", "migrated", environment, tmp_path, 8)
-        assert b"waiting for the database" in (waiting.value.stdout or b"")
+        command, environment = init_command("letheon-api", "migrated"), init_environment({"DATABASE_URL": url})
+        waiting = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        with waiting:
+            try:
+                assert waiting.stdout is not None
+                assert any("waiting for the database" in line for line in waiting.stdout), "it ended"
+                assert waiting.poll() is None
+            finally:
+                os.killpg(waiting.pid, signal.SIGKILL)  # its `sleep` too
         db.upgrade(url)
-        assert run_init("letheon-api", "migrated", environment, tmp_path, 60).returncode == 0
+        assert run_init("letheon-api", "migrated", {"DATABASE_URL": url}, tmp_path, 60).returncode == 0
+
+
+def test_the_collector_of_the_example_is_within_reach() -> None:
+    """In the cluster only: the network policy lets no pod send to that port elsewhere."""
+    (port,) = re.findall(r"OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:(\d+)", (ROOT / ".env.example").read_text())
+    rules = find("NetworkPolicy", "letheon-egress")["spec"]["egress"]
+    (rule,) = (rule for rule in rules if {"port": int(port)} in rule["ports"])
+    assert rule["to"] == [{"namespaceSelector": {}}] and rule["ports"] == [{"port": int(port)}]
 
 
 @pytest.mark.parametrize("pod", ["letheon-api", "letheon-worker"])
