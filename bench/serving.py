@@ -263,6 +263,13 @@ def median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
+def machine() -> str:
+    """The processor, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
     os.environ.update(values)
@@ -291,7 +298,7 @@ def main() -> None:
     random.Random(0).shuffle(texts)
     console = Console(stderr=True)
     run = Bench(settings, texts, args.clients, args.rounds, args.seconds, console)
-    found: dict[str, Any] = {"bench": "serving", "quantization": args.quantization, "device": platform.processor()}
+    found: dict[str, Any] = {"bench": "serving", "quantization": args.quantization, "machine": machine()}
     found |= {"threads": torch.get_num_threads(), "clients": args.clients, "rounds": args.rounds}
     if args.part != "http":
         found |= over_the_model(run, args.sizes)

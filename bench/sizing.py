@@ -44,17 +44,21 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """``width`` d, ``depth`` layers, ``heads`` on ``keys`` key-value heads, ``inner`` width of the MLP."""
+    """``width`` d, ``depth`` layers, ``heads`` on ``keys`` key-value heads, ``inner`` width of the MLP.
+
+    ``tied``: the words are embedded and scored by the same matrix.
+    """
 
     width: int
     depth: int
     heads: int
     keys: int
     inner: int
+    tied: bool = False
 
 
 SHAPES = {
-    "135M": Shape(576, 30, 9, 3, 1536),  # SmolLM2
+    "135M": Shape(576, 30, 9, 3, 1536, tied=True),  # SmolLM2
     "1.3B": Shape(2048, 24, 16, 16, 5504),
     "7B": Shape(4096, 32, 32, 32, 11008),  # LLaMA 2
     "13B": Shape(5120, 40, 40, 40, 13824),
@@ -99,6 +103,7 @@ def build(shape: Shape, tokenizer: Tokenizer, vocabulary: int, quantization: Qua
         intermediate_size=shape.inner,
         vocab_size=vocabulary,
         max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
     )
     config._attn_implementation = "sdpa"
     small = copy.deepcopy(config)
