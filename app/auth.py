@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from app import keys
-from app.deps import ServiceDep
+from app.deps import Service, ServiceDep
 from app.errors import Unauthenticated
 
 _bearer = HTTPBearer(
@@ -30,6 +33,9 @@ class Caller:
         keys.require(self.scopes, scope)
 
 
+_CALLER = "letheon.caller"  # of a scope
+
+
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
@@ -40,15 +46,27 @@ def presented_key(credentials: HTTPAuthorizationCredentials | None) -> str:
     return credentials.credentials
 
 
+def admit(scope: Scope) -> None:
+    """Before a body is read, whoever sends it: the key in the headers, for ``authorize``. Raises Unauthenticated."""
+    scheme, key = get_authorization_scheme_param(Headers(scope=scope).get("authorization"))
+    credentials = HTTPAuthorizationCredentials(scheme=scheme, credentials=key) if scheme.lower() == "bearer" else None
+    scope[_CALLER] = _caller(scope["app"].state.service, presented_key(credentials))
+
+
+def _caller(service: Service, presented: str) -> Caller:
+    with service.sessions() as session:
+        key = keys.authenticate(session, presented)
+        return Caller(key.id, frozenset(key.scopes))
+
+
 def authorize(
     required: SecurityScopes,
     credentials: Credentials,
     service: ServiceDep,
+    request: Request,
 ) -> Caller:
     """The caller behind the presented key. Raises Unauthenticated, Forbidden."""
-    with service.sessions() as session:
-        key = keys.authenticate(session, presented_key(credentials))
-    caller = Caller(key.id, frozenset(key.scopes))
+    caller: Caller = request.scope.get(_CALLER) or _caller(service, presented_key(credentials))
     for scope in required.scopes:
         caller.require(scope)
     return caller

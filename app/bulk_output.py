@@ -94,6 +94,8 @@ class Layout:
             else:
                 (cells,) = csv_records(io.StringIO(record.decode(), newline="\n"), self._delimiter)
                 kept, given = cells[: len(self.columns)], cells[len(self.columns) :]
+                if any("\0" in cell for cell in given):  # a block that never reached the disk before a power cut
+                    return None
                 answer = {name: cell for name, cell in zip(self.answer_columns, given, strict=True) if cell}
                 if "letheon_error" not in answer:
                     answer["letheon_active_set_version"] = int(answer["letheon_active_set_version"])
@@ -205,10 +207,11 @@ def take_up(file: BinaryIO, path: Path, layout: Layout, rows: Iterator[Row], tal
     with _told(path), closing(_records(file, layout)) as records:
         size = os.fstat(file.fileno()).st_size
         if header and (found := next(records, None)) is not None:
-            if found != header:
+            if found == header:
+                end = len(header)
+            elif b"\0" not in found:
                 raise OutputError(f"{changed} (the columns differ): {remedy}")
-            end = len(header)
-        for record in records:
+        for record in records if end == len(header) else ():
             parsed = layout.parse(record)
             if parsed is None:
                 break
@@ -217,7 +220,7 @@ def take_up(file: BinaryIO, path: Path, layout: Layout, rows: Iterator[Row], tal
                 raise OutputError(f"{changed} (it has more rows): {remedy}")
             kept, answer = parsed
             if kept != layout.kept(row):
-                if b"\0" in record:  # a block that never reached the disk before a power cut
+                if b"\0" in record:  # as in Layout.parse
                     rows = chain([row], rows)
                     break
                 raise OutputError(f"{changed} ({row.place} differs): {remedy}")

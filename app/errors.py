@@ -57,6 +57,12 @@ class Overloaded(LetheonError):
     status, code, title = 503, "overloaded", "The server is at capacity"
 
 
+class BodyTimeout(LetheonError):
+    """A body that does not arrive."""
+
+    status, code, title = 408, "body-timeout", "The request body took too long"
+
+
 class ClientGone(LetheonError):
     """Nobody is left to hear the answer; the status is for the log, as nginx has it."""
 

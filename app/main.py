@@ -16,7 +16,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse
 
 from app import active_set, db, problems, tracing
-from app.auth import create_first_key
+from app.auth import admit, create_first_key
 from app.broker import make_celery
 from app.defaults import load_arguments
 from app.deps import Service
@@ -94,7 +94,13 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_exception_handler(ModelError, _model_error)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_held=settings.max_held_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        admit=admit,
+        max_bytes=settings.max_body_bytes,
+        max_held=settings.max_held_body_bytes,
+        seconds=settings.body_seconds,
+    )
     app.add_middleware(RequestContext, metrics=counts)  # added last, so outermost
     for module in (unlearn_requests, classify, admin, health, metrics):
         app.include_router(module.router)

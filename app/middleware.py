@@ -7,14 +7,16 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 
+from anyio import fail_after, to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import tracing
-from app.errors import BodyTooLarge, LetheonError, MalformedBody, Overloaded
+from app import db, tracing
+from app.errors import BodyTimeout, BodyTooLarge, LetheonError, MalformedBody, Overloaded
 from app.metrics import METHODS, Metrics
-from app.problems import RefusedBody, problem_response
+from app.problems import RefusedBody, Unavailable, problem_response
 from app.tracebacks import where
 
 access_log = logging.getLogger("letheon.access")
@@ -56,20 +58,27 @@ class RequestContext:
         headers = Headers(scope=scope)
         presented = headers.get("x-request-id", "")
         request_id = presented if _REQUEST_ID.fullmatch(presented) else secrets.token_hex(8)
-        status = 0
+        status, broken = 0, False
         started = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, broken
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
-            await send(message)
+            try:
+                await send(message)
+            except Exception:
+                broken = True
+                raise
 
         with tracing.request(scope["path"], headers.get("traceparent")) as ended:
             try:
                 await self.app(scope, receive, send_with_id)
             except Exception as error:
+                if broken:
+                    log.info("request %s: the connection is gone: %s", request_id, where(error))
+                    return
                 log.error("unhandled in request %s: %s", request_id, where(error))
                 if status == 0:
                     problem = LetheonError("an unexpected error; the server's log has it under this request's id")
@@ -84,32 +93,47 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Counts body bytes as they arrive, whatever Content-Length says, and refuses what is not UTF-8.
+    """What a body may cost, whoever sends it.
 
-    All requests in progress together hold ``max_held`` bytes of bodies at most; one alone may always have its own.
+    None is read for a key that is not in force: ``admit(scope)``, which may wait for the database, says so. Bytes are
+    counted as they arrive, whatever Content-Length says; all of it must be UTF-8, and be there within ``seconds``. All
+    requests in progress together hold ``max_held`` bytes of bodies at most; one alone may always have its own.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_held: int) -> None:
-        self.app = app
-        self.max_bytes, self.max_held = max_bytes, max_held
+    def __init__(
+        self, app: ASGIApp, admit: Callable[[Scope], None], max_bytes: int, max_held: int, seconds: float
+    ) -> None:
+        self.app, self.admit = app, admit
+        self.max_bytes, self.max_held, self.seconds = max_bytes, max_held, seconds
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self.max_bytes:
             await problem_response(scope, self._too_large())(scope, receive, send)
             return
-        received = 0
+        received, admitted, arrived = 0, False, False
+        deadline = time.monotonic() + self.seconds
         decoder = codecs.getincrementaldecoder("utf-8")()
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, admitted, arrived
+            if arrived:  # what comes now is the client's leaving
+                return await receive()
+            if not admitted:
+                await self._admit(scope)
+                admitted = True
+            try:
+                with fail_after(max(0.0, deadline - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                raise RefusedBody(BodyTimeout(f"the body was not there within {self.seconds:g} s")) from None
             if message["type"] == "http.request":
                 chunk = message.get("body", b"")
+                arrived = not message.get("more_body", False)
                 received += len(chunk)
                 self._held += len(chunk)
                 if received > self.max_bytes:
@@ -117,7 +141,7 @@ class BodyLimit:
                 if received < self._held and self._held > self.max_held:
                     raise RefusedBody(Overloaded("the bodies of other requests take all the room", retry_after=1))
                 try:
-                    decoder.decode(chunk, final=not message.get("more_body", False))
+                    decoder.decode(chunk, final=arrived)
                 except UnicodeDecodeError:  # holds the bytes, so it is not chained
                     errors = [{"field": "body", "message": "not valid UTF-8"}]
                     raise RefusedBody(MalformedBody("the body is not valid UTF-8", errors=errors)) from None
@@ -127,6 +151,14 @@ class BodyLimit:
             await self.app(scope, limited, send)
         finally:
             self._held -= received
+
+    async def _admit(self, scope: Scope) -> None:
+        try:
+            await to_thread.run_sync(self.admit, scope)
+        except LetheonError as error:
+            raise RefusedBody(error) from None
+        except db.UNANSWERED:
+            raise RefusedBody(Unavailable("the database does not answer")) from None
 
     def _too_large(self) -> BodyTooLarge:
         message = f"over the limit of {self.max_bytes} bytes"

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     max_held_body_bytes: int = Field(
         default=256 * 2**20, ge=1024, description="Bodies of all requests in progress; beyond it 503."
     )
+    body_seconds: float = Field(default=60.0, gt=0, description="For a whole body to arrive.")
     max_forget_texts: int = Field(default=4096, ge=1, le=16_384)
     max_classify_texts: int = Field(default=256, ge=1, le=16_384)
     max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")

@@ -269,6 +269,37 @@ def starts(found: dict[str, Any]) -> Any:
     return figure
 
 
+def serving(found: dict[str, Any]) -> Any:
+    """Texts a second: the engine's ways, and over HTTP."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 3), layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
+    )
+    ways = ("no prompt", "one prompt", "PEFT, last logits", "PEFT")
+    for place, (size, one) in enumerate(found["batches"].items()):
+        active = one["texts_per_second"]
+        rates = [one["texts_per_second_bare"], active, active / one["over_peft"], active / one["over_peft_plain"]]
+        left.bar([x + 0.35 * place for x in range(4)], rates, 0.33, label=f"batches of {size}")
+    left.set_xticks([x + 0.17 for x in range(4)], ways)
+    left.set_ylabel("texts a second, in process")
+    left.legend(frameon=False)
+    names = {"engine": "engine", "http": "HTTP", "http_unbatched": "HTTP,\none at a time"}
+    right.bar(list(names.values()), [found[f"{name}_texts_per_second"] for name in names], 0.6)
+    right.set_ylabel(f"texts a second, {found['clients']} clients")
+    return figure
+
+
+def load(found: dict[str, Any]) -> Any:
+    """Resident memory over the time under load."""
+    figure, panel = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    readings = found["rss_mb"]
+    step = found["seconds"] / max(1, len(readings) - 1) / 60
+    panel.plot([i * step for i in range(len(readings))], readings)
+    panel.set_ylim(0)
+    panel.set_xlabel(f"minutes under {found['clients']} clients")
+    panel.set_ylabel("resident memory, MiB")
+    return figure
+
+
 PICTURES = {
     "sequence": sequence,
     "frontier": frontier,
@@ -278,6 +309,8 @@ PICTURES = {
     "attacks": attacks,
     "oracle": oracle,
     "starts": starts,
+    "serving": serving,
+    "load": load,
 }
 
 if __name__ == "__main__":

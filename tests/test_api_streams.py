@@ -206,6 +206,33 @@ def test_bodies_that_wait_have_a_limit_together(tmp_path: Path) -> None:
         wait_until(lambda: post(f"{url}/classify", large, headers).status_code == 200)
 
 
+def test_nobody_without_a_key_sends_a_body(tmp_path: Path) -> None:
+    with listening(f"sqlite:///{tmp_path}/letheon.db", tmp_path) as (url, app, _):
+        for authorization in ("", "Authorization: Bearer lth_0_0\r\n", "Authorization: Basic eDp5\r\n"):
+            answer = send_part(url, authorization, "POST /unlearn-requests")
+            assert b" 401 " in answer.split(b"\r\n")[0] and b"www-authenticate" in answer.lower()
+        key = new_key(app.state.service)["Authorization"]
+        answer = send_part(url, f"Authorization: {key}\r\n", "POST /nowhere")
+        assert b" 404 " in answer.split(b"\r\n")[0]
+
+
+def test_a_body_has_a_time_to_arrive(tmp_path: Path) -> None:
+    with listening(f"sqlite:///{tmp_path}/letheon.db", tmp_path, body_seconds=0.2) as (url, app, _):
+        headers = new_key(app.state.service)
+        answer = send_part(url, f"Authorization: {headers['Authorization']}\r\n", "POST /classify")
+        assert b" 408 " in answer.split(b"\r\n")[0] and b"urn:letheon:problem:body-timeout" in answer
+        assert post(f"{url}/classify", b'{"text": "a good film"}', headers).status_code == 200
+
+
+def send_part(url: str, authorization: str, line: str) -> bytes:
+    """Headers and half a body, and no more: the answer, which does not wait for the rest."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=20) as connection:
+        head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 900\r\n"
+        connection.sendall(f"{head}{authorization}\r\n".encode() + b'{"text": "a good')
+        return connection.recv(65536)
+
+
 def post(url: str, content: bytes, headers: dict[str, str]) -> httpx2.Response:
     return httpx2.post(url, content=content, headers={**headers, "Content-Type": "application/json"})
 

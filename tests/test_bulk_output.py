@@ -132,6 +132,24 @@ def test_cut_anywhere_and_taken_up_the_bytes_are_the_same(
     assert cut == size + zeros - (ends[there] if size >= ends[0] else 0)
 
 
+@settings(deadline=None)
+@given(kept=kept_rows, form=st.sampled_from(FORMATS), data=st.data())
+def test_a_hole_anywhere_is_seen(
+    tmp_path_factory: pytest.TempPathFactory, kept: list[dict[str, Any]], form: RowFormat, data: st.DataObject
+) -> None:
+    """Blocks that never reached the disk before a power cut, in the header, in rows, in answers or over several."""
+    path = tmp_path_factory.getbasetemp() / f"hole.{form}"
+    path.unlink(missing_ok=True)
+    layout = layout_of(form, ("text", "a"))
+    done = [(row(i, fields), answered(i, "positive", version=i)) for i, fields in enumerate(kept)]
+    whole, _, _ = complete(path, layout, done)
+    start = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(start, len(whole)))
+    path.write_bytes(whole[:start] + b"\0" * (end - start) + whole[end:])
+    again, _, _ = complete(path, layout, done)
+    assert again == whole
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_hole_in_the_middle_is_cut_with_all_behind_it(tmp_path: Path, form: RowFormat) -> None:
     path = tmp_path / f"out.{form}"

@@ -10,6 +10,7 @@ from app import active_set, set_history
 from app.auth import AdminCaller
 from app.deps import Cursor, Limit, PromptId, ServiceDep
 from app.errors import (
+    BodyTimeout,
     BodyTooLarge,
     Conflict,
     Forbidden,
@@ -50,7 +51,7 @@ def get_prompt(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) ->
 @router.post(
     "/admin/prompts/{prompt_id}/revoke",
     response_model=RevokedOut,
-    responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, Overloaded, UnsupportedMediaType),
+    responses=problems(MalformedBody, NotFound, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
 )
 def revoke_prompt(caller: AdminCaller, prompt_id: PromptId, body: RevokeIn, service: ServiceDep) -> Any:
     """Take a prompt out of force, on every replica: a classification that starts after this answer goes without it."""
@@ -86,7 +87,7 @@ def get_active_set(caller: AdminCaller, version: Version, service: ServiceDep) -
 @router.post(
     "/admin/active-sets/{version}/restore",
     response_model=ActiveSetOut,
-    responses=problems(MalformedBody, NotFound, Conflict, BodyTooLarge, Overloaded, UnsupportedMediaType),
+    responses=problems(MalformedBody, NotFound, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
 )
 def restore_active_set(caller: AdminCaller, version: Version, body: RestoreIn, service: ServiceDep) -> Any:
     """Put an earlier set in force, on every replica, as a new version with the old one's digest.

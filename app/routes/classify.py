@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from app.auth import ClassifyCaller
 from app.deps import ServiceDep
 from app.errors import (
+    BodyTimeout,
     BodyTooLarge,
     ClientGone,
     DeadlineExceeded,
@@ -50,6 +51,7 @@ REFUSALS: dict[type[LetheonError], Refusal] = {
         MalformedBody,
         Unauthenticated,
         Forbidden,
+        BodyTimeout,
         BodyTooLarge,
         UnsupportedMediaType,
         InvalidInput,

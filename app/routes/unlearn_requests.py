@@ -15,6 +15,7 @@ from app.auth import RequestsCaller
 from app.broker import enqueue_training
 from app.deps import Cursor, Limit, RequestId, Service, ServiceDep
 from app.errors import (
+    BodyTimeout,
     BodyTooLarge,
     Conflict,
     Forbidden,
@@ -44,7 +45,7 @@ _GOES_ON = frozenset(LIVE) - {RequestState.ACTIVE}
     response_model=UnlearnRequestOut,
     responses={
         202: {"headers": {"Location": {"description": "The request's address.", "schema": {"type": "string"}}}},
-        **problems(MalformedBody, BodyTooLarge, Overloaded, UnsupportedMediaType),
+        **problems(MalformedBody, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
     },
 )
 def create_unlearn_request(
