@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
@@ -59,14 +60,16 @@ def _caller(service: Service, presented: str) -> Caller:
         return Caller(key.id, frozenset(key.scopes))
 
 
-def authorize(
+async def authorize(
     required: SecurityScopes,
     credentials: Credentials,
     service: ServiceDep,
     request: Request,
 ) -> Caller:
     """The caller behind the presented key. Raises Unauthenticated, Forbidden."""
-    caller: Caller = request.scope.get(_CALLER) or _caller(service, presented_key(credentials))
+    caller: Caller | None = request.scope.get(_CALLER)
+    if caller is None:
+        caller = await run_in_threadpool(_caller, service, presented_key(credentials))
     for scope in required.scopes:
         caller.require(scope)
     return caller

@@ -39,7 +39,7 @@ class Service:
     stopping: asyncio.Event  # set when the server begins to shut down: event streams end
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:  # async: FastAPI would send anything else to a thread
     service: Service = request.app.state.service
     return service
 

@@ -13,10 +13,12 @@ quicker. Texts: SST-2's test set from ``--data`` (as ``bench.quality``), else th
 - HTTP: a ``letheon serve`` process with one request in force, ``--clients`` clients with one text each, closed loop,
   against the same texts through the engine in this process; and against a server that runs each text alone.
 - The 99th percentile of the latency while every second a request is activated or revoked, over that of a steady set.
-  Its gate claims one text in sixteen: each time it comes the keys and values of its prompt are computed, and while it
-  is in force the claimed texts run again behind it. That they did is read from the server's own metrics.
+  Its gate claims one text in sixteen, as another's does that stays in force: each time it comes the keys and values of
+  its prompt are computed, and while it is in force what it claims runs again behind it. That it did is read from the
+  server's own metrics.
 
-``--record`` keeps the result, ``--json`` prints the recorded one and computes nothing.
+``--record`` keeps the result (of a ``--part``, with what is there of the other), ``--json`` prints the recorded one and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def over_the_model(run: Bench, sizes: Sequence[int]) -> dict[str, Any]:
 
 def through_http(run: Bench) -> dict[str, Any]:
     """A server with a batcher and one without beside the engine, in turns; then the latency while sets change."""
-    probes = find_probes(run.settings, run.texts, 2)
+    probes = find_probes(run.settings, run.texts, 3)
     with deployed(run.settings, postgres=None) as site:
         add_space(site.sessions, "bench", probes.space)
         put_in_force(site.sessions, site.vault, site.settings, probes.route(0, "guard", site.vault, 0), ["one"])
@@ -120,7 +122,9 @@ def through_http(run: Bench) -> dict[str, Any]:
             run.console.print({name: round(value, 1) for name, value in found.items()})
             for name, value in found.items() if number else ():  # the first round warms up
                 rates[name].append(value)
-        latency = swapped(run, site, claiming(llm, probes, run.texts[:512], site))
+        one, other = (claiming(llm, probes, run.texts[:512], site, index) for index in (1, 2))
+        put_in_force(site.sessions, site.vault, site.settings, one, ["stays"])
+        latency = swapped(run, site, other)
     return {
         "http_over_engine": median_ratio(rates["http"], rates["engine"]),
         "batched_over_unbatched": median_ratio(rates["http"], rates["http_unbatched"]),
@@ -149,9 +153,9 @@ def in_process(llm: FrozenLLM, probes: Probes, site: Site, texts: Sequence[str],
     return done / took
 
 
-def claiming(llm: FrozenLLM, probes: Probes, texts: Sequence[str], site: Site) -> Route:
+def claiming(llm: FrozenLLM, probes: Probes, texts: Sequence[str], site: Site, index: int) -> Route:
     """A prompt, and a gate that claims SWAP_CLAIMS of ``texts`` and leaves every one of them to the prompt."""
-    route = probes.route(1, "claim", site.vault, 1)
+    route = probes.route(index, "claim", site.vault, index)
     cosines = (probes.space.points(text_states(llm, texts)) @ route.gate.directions[0]).tolist()
     return Route(route.prompt, replace(route.gate, threshold=quantile(cosines, 1 - SWAP_CLAIMS)))
 
@@ -312,7 +316,8 @@ def main() -> None:
             table.add_row(name, f"{value:.4g}")
     console.print(table)
     if args.record:
-        record(args, found)
+        there = json.loads(args.out.read_text(encoding="utf-8")) if args.part != "all" and args.out.exists() else {}
+        record(args, there | found)
     else:
         print(json.dumps(found))
 

@@ -33,6 +33,7 @@ from app.schemas import ClassifyIn, ClassifyOut
 from app.serving import Answer, Serving
 
 router = APIRouter(tags=["classify"])
+FEW_CHARACTERS = 500  # make tokens in less time than it takes to hand them to a thread and back
 _encoders = CapacityLimiter(max(2, os.cpu_count() or 1))  # threads that make tokens; other routes have their own
 
 REFUSALS: dict[type[LetheonError], Refusal] = {
@@ -101,11 +102,14 @@ async def _answer(request: Request, serving: Serving, fields: list[tuple[str, st
     Raises InvalidInput, DeadlineExceeded, NotReady, Overloaded, ClientGone.
     """
     with serving.place(len(fields), deadline) as put:  # before any work: what is refused costs nothing
-        try:
-            with fail_after(max(0.0, deadline - time.monotonic())):
-                texts = await to_thread.run_sync(encode_texts, serving, fields, limiter=_encoders)
-        except TimeoutError:
-            raise DeadlineExceeded("no answer in the time allowed; the server is busy") from None
+        if sum(len(text) for _, text in fields) <= FEW_CHARACTERS:
+            texts = encode_texts(serving, fields)
+        else:
+            try:
+                with fail_after(max(0.0, deadline - time.monotonic())):
+                    texts = await to_thread.run_sync(encode_texts, serving, fields, limiter=_encoders)
+            except TimeoutError:
+                raise DeadlineExceeded("no answer in the time allowed; the server is busy") from None
         future = put(texts)
     answer: asyncio.Future[Any] = asyncio.wrap_future(future)
     gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
