@@ -2,8 +2,11 @@
 
 While the thread works, jobs collect, and the next batch takes them: an idle server answers at once and a busy one
 batches by itself. Callers that ask again as soon as they have an answer would so fall into two groups that take turns,
-in batches of half the size. So after a batch the thread waits, a tenth of that batch's time at most, until as many are
-there as were there before: callers that come one at a time never wait for it.
+in batches of half the size. So after a batch the thread waits, as long as callers keep coming and a fifth of that
+batch's time at most, until as many are there as were there before: callers that come one at a time never wait for it.
+
+A queue that is longer than its callers wait would be worked off for nobody, each answer a little too late. So what a
+full batch takes is known, who would be answered too late is refused at once, and who got too late is left out.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 log = logging.getLogger(__name__)
 
-LINGER = 0.1  # of the last batch's time, but no longer than
-MAX_LINGER_SECONDS = 0.25
+LINGER = 0.2  # of the last batch's time, but no longer than
+MAX_LINGER_SECONDS = 0.5
+QUIET = 0.25  # of that: when nobody has come for so long, nobody will
 SLACK = 0.2  # of the time that a caller allows: an estimate is no promise
 
 J = TypeVar("J")
@@ -70,7 +74,8 @@ class Batcher(Generic[J, R]):
         self._running_since: float | None = None
         self._running_weight = 0
         self._seen = 0  # weight of the last batch and of what waited when it ended: as much may come again
-        self._linger_until = 0.0
+        self._linger = self._linger_until = 0.0  # how long, and until when
+        self._last_came = 0.0
         self._rate = 0.0  # weight per second, smoothed; 0 while unknown
         self._stopped: str | None = None  # why no job is taken any more
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -126,6 +131,7 @@ class Batcher(Generic[J, R]):
                 reserved = 0
                 self._waiting.append(job)
                 self._queued += weight
+                self._last_came = self._clock()
                 self._condition.notify()
             job.future.add_done_callback(lambda future: self._leave(job) if future.cancelled() else None)
             return job.future
@@ -195,7 +201,7 @@ class Batcher(Generic[J, R]):
         with self._condition:
             while not batch:
                 self._condition.wait_for(lambda: self._waiting or self._stopped is not None)
-                self._condition.wait_for(self._all_there, max(0.0, self._linger_until - self._clock()))
+                self._wait_for_callers()
                 if self._stopped is not None:
                     return []
                 urgent = math.inf  # seconds until the first of the batch must have its answer
@@ -216,8 +222,12 @@ class Batcher(Generic[J, R]):
                         job.future.set_exception(DeadlineExceeded("the server is too busy for the time allowed"))
         return batch
 
-    def _all_there(self) -> bool:
-        return self._queued >= min(self._seen, self._max_batch) or self._stopped is not None
+    def _wait_for_callers(self) -> None:
+        """Until as many wait as before, nobody comes any more, or it takes too long; with the condition held."""
+        while self._queued < min(self._seen, self._max_batch) and self._stopped is None:
+            left = min(self._linger_until, self._last_came + QUIET * self._linger) - self._clock()
+            if left <= 0 or not self._condition.wait(left):
+                return
 
     def _answer(self, batch: list[_Job[J, R]]) -> None:
         weight = sum(job.weight for job in batch)
@@ -243,7 +253,8 @@ class Batcher(Generic[J, R]):
             if 2 * weight >= self._max_batch or 0 < self._rate < rate:
                 self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
             self._seen = weight + self._queued
-            self._linger_until = ended + min(LINGER * (ended - started), MAX_LINGER_SECONDS)
+            self._linger = min(LINGER * (ended - started), MAX_LINGER_SECONDS)
+            self._linger_until, self._last_came = ended + self._linger, ended
         for job, result in zip(batch, results, strict=True):
             job.future.set_result(result)
 
