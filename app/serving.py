@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanContext
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import tracing
+from app.arenas import keep_memory
 from app.batching import Batcher
 from app.errors import Busy, LetheonError, NotReady, Stuck
 from app.metrics import Metrics, outcomes
@@ -69,6 +70,7 @@ class Serving:
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
         self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode)
         self._max_prompts = settings.max_prompts_per_query
+        keep_memory()  # the batcher starts the model's thread
         self._batcher: Batcher[Question, Answer] = Batcher(
             self._classify,
             weigh=lambda question: len(question.texts),
