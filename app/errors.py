@@ -57,6 +57,30 @@ class Overloaded(LetheonError):
     status, code, title = 503, "overloaded", "The server is at capacity"
 
 
+class RateLimited(LetheonError):
+    """Too many calls by one key; ``extra['retry_after']`` seconds becomes the Retry-After header."""
+
+    status, code, title = 429, "rate-limited", "Too many requests"
+
+
+class QuotaExceeded(LetheonError):
+    """What a key may ask for in a day, or have in force, is used up; ``extra['limit']`` says how much that is."""
+
+    status, code, title = 429, "quota-exceeded", "The quota of this API key is used up"
+
+
+class IdempotencyMismatch(LetheonError):
+    """The key came with another body before."""
+
+    status, code, title = 422, "idempotency-mismatch", "The Idempotency-Key belongs to another body"
+
+
+class IdempotencyInFlight(LetheonError):
+    """The call that came with this key first is not done yet."""
+
+    status, code, title = 409, "idempotency-in-flight", "The first call with this Idempotency-Key is still under way"
+
+
 class BodyTimeout(LetheonError):
     """A body that does not arrive."""
 

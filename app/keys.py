@@ -15,7 +15,9 @@ from app import audit, db
 from app.errors import Conflict, Forbidden, InvalidInput, NotFound, Unauthenticated
 from app.tables import ApiKey, utcnow
 
-SCOPES = ("requests", "classify", "scores", "admin", "metrics")
+SCOPES = ("requests", "classify", "scores", "approve", "auditor", "admin", "metrics")
+"""``requests``: one's own. ``approve``: agree to what another key asked for. ``auditor``: read everything but texts.
+``admin``: all of it, and revoke, which un-forgets."""
 
 _PRESENTED = re.compile(r"lth_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _NO_DIGEST = bytes(32)  # compared with when the id is unknown, so that this takes as long as a wrong secret

@@ -46,12 +46,14 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.EVALUATING: frozenset(
         {
             RequestState.TRAINING,  # the checks failed and another try follows; or taken over, from the checkpoint
+            RequestState.AWAITING_APPROVAL,
             RequestState.ACTIVE,
             RequestState.PENDING,
             RequestState.FAILED,
             RequestState.CANCELLED,
         }
     ),
+    RequestState.AWAITING_APPROVAL: frozenset({RequestState.PENDING, RequestState.FAILED, RequestState.CANCELLED}),
     RequestState.ACTIVE: frozenset({RequestState.SUSPENDED, RequestState.REVOKED}),
     RequestState.SUSPENDED: frozenset({RequestState.ACTIVE, RequestState.REVOKED}),
     RequestState.REVOKED: frozenset(),

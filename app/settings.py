@@ -61,6 +61,43 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="Without an answer by then, 503. A client may ask for less, not for more."
     )
 
+    # Who may ask how much. A key's own limits (`letheon keys create --limit`) come before these; 0: no limit.
+    rate_per_minute: int = Field(default=0, ge=0, description="Calls of one key to one replica, but for /classify.")
+    classify_texts_per_minute: int = Field(default=0, ge=0, description="Texts that one key may have one replica read.")
+    requests_per_day: int = Field(default=0, ge=0, description="Unlearn requests of one key within 24 hours.")
+    texts_per_day: int = Field(default=0, ge=0, description="Forget texts of one key within 24 hours.")
+    active_prompts: int = Field(default=0, ge=0, description="Requests of one key that wait, train or are in force.")
+
+    # The life of a request
+    require_approval: bool = Field(
+        default=False, description="Another key, of the scope `approve`, has to agree before a prompt comes into force."
+    )
+    revoke_needs_two: bool = Field(
+        default=False, description="A revoke is carried out when a second admin asks for it."
+    )
+    deadline_months: int = Field(default=1, ge=1, le=12, description="From receipt to the date by which it is due.")
+    idempotency_hours: float = Field(default=24.0, gt=0, description="For which an Idempotency-Key is remembered.")
+    keep_texts_hours: float = Field(
+        default=0.0,
+        ge=0,
+        description="Forget texts stay sealed for this long after a request is active or ended; 0: shredded at once.",
+    )
+
+    # Trust
+    previous_master_keys: list[SecretStr] = Field(
+        default=[], description="Keys that still open what they sealed, until `letheon vault rotate` has been run."
+    )
+    keystore_url: str = Field(
+        default="",
+        description="Database of the key shares, apart from the main one and from its backups: without a share nothing "
+        "opens. Empty: `home`/keystore.db beside an embedded database, else no shares.",
+    )
+    webhook_private: bool = Field(
+        default=False, description="Webhooks may go to http:// and to loopback, private and link-local addresses."
+    )
+    webhook_timeout_seconds: float = Field(default=10.0, gt=0)
+    webhook_attempts: int = Field(default=8, ge=1, description="Per message, with growing pauses; then it has failed.")
+
     traces: bool = Field(
         default=False, description="OpenTelemetry traces; needs `letheon[otel]`. OTEL_… variables say where they go."
     )

@@ -25,6 +25,7 @@ from sqlalchemy import (
     MetaData,
     String,
     TypeDecorator,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -32,12 +33,15 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 class RequestState(StrEnum):
     """``pending → training → evaluating → active → revoked``; ``failed`` and ``cancelled`` are final as well.
 
-    ``suspended``: out of force because an earlier active set was restored; it can come back.
+    ``awaiting_approval``: trained and checked, and nobody else has agreed yet; approved, it is ``pending`` once more and
+    checked on the set as it is then. ``suspended``: out of force because an earlier active set was restored; it can
+    come back.
     """
 
     PENDING = "pending"
     TRAINING = "training"
     EVALUATING = "evaluating"
+    AWAITING_APPROVAL = "awaiting_approval"
     ACTIVE = "active"
     SUSPENDED = "suspended"
     REVOKED = "revoked"
@@ -52,7 +56,7 @@ class PromptState(StrEnum):
 
 
 RUNNING = (RequestState.TRAINING, RequestState.EVALUATING)
-LIVE = (RequestState.PENDING, *RUNNING, RequestState.ACTIVE)
+LIVE = (RequestState.PENDING, *RUNNING, RequestState.AWAITING_APPROVAL, RequestState.ACTIVE)
 """States whose forget texts must stay out of every retain set (promise 9)."""
 
 
@@ -104,7 +108,12 @@ class ApiKey(Base):
     name: Mapped[str] = mapped_column(String(100))
     scopes: Mapped[list[str]]
     digest: Mapped[bytes] = mapped_column(LargeBinary(32))  # SHA-256 of the 256-bit secret
+    limits: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON
+    )  # its own where they differ from the settings' (app.quotas)
     created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]  # within a minute: not every request writes
     revoked_at: Mapped[datetime | None]
 
 
@@ -112,7 +121,10 @@ class UnlearnRequest(Base):
     """One erasure request. ``wrapped_key`` opens ``sealed_texts`` and the checkpoint; both go when the request ends."""
 
     __tablename__ = "unlearn_requests"
-    __table_args__ = (Index("ix_unlearn_requests_state_id", "state", "id"),)
+    __table_args__ = (
+        Index("ix_unlearn_requests_state_id", "state", "id"),
+        Index("ix_unlearn_requests_api_key_id_id", "api_key_id", "id"),
+    )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     state: Mapped[str] = mapped_column(String(20))
@@ -127,6 +139,14 @@ class UnlearnRequest(Base):
     fingerprint: Mapped[str] = mapped_column(String(64))  # of the model the prompt is to be trained for
     wrapped_key: Mapped[bytes | None] = mapped_column(LargeBinary)
     sealed_texts: Mapped[bytes | None] = mapped_column(LargeBinary)
+    shred_at: Mapped[datetime | None]  # ended, and its texts are kept until then (`keep_texts_hours`)
+    set_digest: Mapped[bytes | None] = mapped_column(LargeBinary(32))  # keyed, of texts, labels and options: dedupe
+
+    due_at: Mapped[datetime | None]  # by law: a month after the person's request was received
+    expires_at: Mapped[datetime | None]  # then the prompt is revoked, and what it hid is answered again
+    approval_required: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    approved_by: Mapped[str | None] = mapped_column(String(40))
+    approved_at: Mapped[datetime | None]
 
     attempt: Mapped[int] = mapped_column(default=0)  # fences off a worker that lost its lease
     lease_expiries: Mapped[int] = mapped_column(default=0, server_default="0")  # `attempt` may go down again, this not
@@ -203,7 +223,11 @@ class Prompt(Base):
     activated_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
     revoked_by: Mapped[str | None] = mapped_column(String(40))
+    revoke_code: Mapped[str | None] = mapped_column(String(30))
     revoke_reason: Mapped[str | None] = mapped_column(String(500))
+    # Where two persons are needed: who asked first. Another one's revoke carries it out.
+    revoke_asked_by: Mapped[str | None] = mapped_column(String(40))
+    revoke_asked_at: Mapped[datetime | None]
 
 
 class GateSpace(Base):
@@ -265,3 +289,83 @@ class AuditEntry(Base):
     detail: Mapped[dict[str, Any]]
     prev_hash: Mapped[str] = mapped_column(String(64))
     hash: Mapped[str] = mapped_column(String(64))
+
+
+class AuditCheckpoint(Base):
+    """A signed statement that the log had ``seq`` entries, ending in ``hash``. A copy kept elsewhere proves a cut."""
+
+    __tablename__ = "audit_checkpoints"
+
+    seq: Mapped[int] = mapped_column(BigIntPk, primary_key=True, autoincrement=False)
+    hash: Mapped[str] = mapped_column(String(64))
+    at: Mapped[datetime]
+    key_id: Mapped[str] = mapped_column(String(64))
+    signature: Mapped[bytes] = mapped_column(LargeBinary(64))  # Ed25519
+
+
+class Secret(Base):
+    """A key of the deployment, wrapped under the master key, so that it outlives the master key's rotation."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    wrapped: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime]
+
+
+class PendingShred(Base):
+    """A key share that is to be destroyed in the key store: written with what shreds it, deleted when it is done."""
+
+    __tablename__ = "pending_shreds"
+
+    share_id: Mapped[bytes] = mapped_column(LargeBinary(16), primary_key=True)
+    at: Mapped[datetime]
+
+
+class IdempotencyKey(Base):
+    """What an ``Idempotency-Key`` of an API key led to. Digests are keyed: neither key nor body is kept."""
+
+    __tablename__ = "idempotency_keys"
+
+    api_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    body_digest: Mapped[bytes] = mapped_column(LargeBinary(32))
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime]
+
+
+class Webhook(Base):
+    """Where an API key's owner wants state changes of its requests told. The signing secret is sealed."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    api_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), index=True)
+    url: Mapped[str] = mapped_column(String(2000))
+    states: Mapped[list[str]]  # told of these; empty: of all
+    wrapped_key: Mapped[bytes] = mapped_column(LargeBinary)
+    sealed_secret: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime]
+    disabled_at: Mapped[datetime | None]
+
+
+class WebhookDelivery(Base):
+    """One message to one webhook, written with the change that it tells of; kept as the log of its delivery."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_state_next_at", "state", "next_at"),
+        Index("ix_webhook_deliveries_webhook_id_id", "webhook_id", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))
+    payload: Mapped[dict[str, Any]]  # ids, states and times only
+    state: Mapped[str] = mapped_column(String(20))  # "pending" | "delivered" | "failed"
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[datetime]  # when it is due, or when a delivery under way counts as lost
+    created_at: Mapped[datetime]
+    delivered_at: Mapped[datetime | None]
+    last_status: Mapped[int | None]
+    last_error: Mapped[str | None] = mapped_column(String(100))  # a kind, never a body
