@@ -33,7 +33,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 class RequestState(StrEnum):
     """``pending → training → evaluating → active → revoked``; ``failed`` and ``cancelled`` are final as well.
 
-    ``awaiting_approval``: trained and checked, and nobody else has agreed yet; approved, it is ``pending`` once more and
+    ``awaiting_approval``: trained and checked, and nobody else has agreed yet; approved, it is ``pending`` again and is
     checked on the set as it is then. ``suspended``: out of force because an earlier active set was restored; it can
     come back.
     """
