@@ -15,6 +15,7 @@ from app.cli_output import CommandGroup, note
 from app.defaults import resolve_model, resolve_retain
 from app.settings import get_settings
 from app.supervise import WORKER, WorkerSupervisor
+from app.watchdog import end_when_stuck
 
 # No pretty tracebacks: they print local variables, and a local variable may be a forget text or a key.
 app = typer.Typer(
@@ -58,12 +59,20 @@ def serve(
         signal.signal(number, lambda *_: None)
     socket = server.config.bind_socket()  # before the worker: a port that is taken must not cost a model load
     supervisor = WorkerSupervisor() if worker else None
+
+    def check_alive() -> None:
+        service = getattr(server.app.state, "service", None)  # none before the start and where it failed
+        if service is not None:
+            service.serving.check_alive()
+
+    watchdog = end_when_stuck(check_alive)
     if supervisor is not None:
         supervisor.start()
     try:
         note(f"Letheon listens on http://{settings.host}:{socket.getsockname()[1]} (API documentation under /docs)")
         server.run(sockets=[socket])
     finally:
+        watchdog.set()  # a model thread that has ended is in order now
         if supervisor is not None:
             supervisor.stop()
     if not server.started:

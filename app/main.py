@@ -143,10 +143,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._app = app
+        self.app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        service: Service | None = getattr(self._app.state, "service", None)  # none when the start failed
+        service: Service | None = getattr(self.app.state, "service", None)  # none when the start failed
         if service is not None:
             service.stopping.set()
         await super().shutdown(sockets)
