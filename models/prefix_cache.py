@@ -75,7 +75,7 @@ def compute_prefix(llm: FrozenLLM, soft: Tensor | None) -> Prefix | None:
     cache = Cache(layers=list(recorded))
     llm.decoder(
         inputs_embeds=embeddings,
-        past_key_values=cache,
+        cache=cache,
         position_ids=torch.arange(length, device=llm.device).unsqueeze(0),
         use_cache=True,
     )
@@ -97,7 +97,7 @@ def last_hidden(llm: FrozenLLM, batch: Batch, prefix: Prefix | None) -> Tensor:
     positions = torch.arange(offset, offset + width, device=llm.device).unsqueeze(0).expand(rows, -1)
     output = llm.decoder(
         input_ids=batch.input_ids,
-        past_key_values=prefix.cache() if prefix is not None else None,
+        cache=prefix.cache() if prefix is not None else None,
         position_ids=positions,
         use_cache=prefix is not None,
     )

@@ -176,7 +176,7 @@ def test_prefix_is_never_mutated(llm: FrozenLLM) -> None:
         first = last_hidden(llm, batch, prefix)
         cache = prefix.cache()
         for _ in range(2):
-            llm.decoder(input_ids=batch.input_ids, past_key_values=cache, use_cache=True)
+            llm.decoder(input_ids=batch.input_ids, cache=cache, use_cache=True)
         again = last_hidden(llm, batch, prefix)
     assert torch.equal(first, again)
     assert cache.get_seq_length() == prefix.length
