@@ -302,12 +302,12 @@ def main() -> None:
     random.Random(0).shuffle(texts)
     console = Console(stderr=True)
     run = Bench(settings, texts, args.clients, args.rounds, args.seconds, console)
-    found: dict[str, Any] = {"bench": "serving", "quantization": args.quantization, "machine": machine()}
+    found: dict[str, Any] = {"bench": "serving", "quantization": args.quantization}
     found |= {"threads": torch.get_num_threads(), "clients": args.clients, "rounds": args.rounds}
     if args.part != "http":
-        found |= over_the_model(run, args.sizes)
+        found |= {"machine": machine(), **over_the_model(run, args.sizes)}
     if args.part != "engine":
-        found |= through_http(run)
+        found |= {"machine_http": machine(), **through_http(run)}
     table = Table(title="above 1 is quicker, but for latencies")
     table.add_column("figure")
     table.add_column("", justify="right")
