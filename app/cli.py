@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app import cli_doctor, cli_local, cli_remote
+from app import cli_doctor, cli_local, cli_remote, cli_webhooks
 from app.cli_output import CommandGroup, note
 from app.defaults import resolve_model, resolve_retain
 from app.settings import get_settings
@@ -32,6 +32,7 @@ app.add_typer(cli_remote.requests, name="requests")
 app.command("classify")(cli_remote.classify)
 app.add_typer(cli_remote.prompts, name="prompts")
 app.add_typer(cli_remote.active_sets, name="active-sets")
+app.add_typer(cli_webhooks.webhooks, name="webhooks")
 app.add_typer(cli_local.keys_app, name="keys")
 app.command("doctor")(cli_doctor.doctor)
 

@@ -210,6 +210,30 @@ class Client:
     def restore(self, version: int, *, reason: str) -> dict[str, Any]:
         return self._call("POST", f"/admin/active-sets/{version}/restore", json={"reason": reason})
 
+    # --- webhooks ----------------------------------------------------------------------------------------------------
+
+    def create_webhook(self, url: str, *, states: Sequence[str] = (), all_requests: bool = False) -> dict[str, Any]:
+        body = {"url": url, "states": [*states], "all_requests": all_requests}
+        return self._call("POST", "/webhooks", json=body)
+
+    def webhooks(self, *, limit: int = 50, cursor: str | None = None) -> dict[str, Any]:
+        return self._call("GET", "/webhooks", params=_params(limit=limit, cursor=cursor))
+
+    def disable_webhook(self, webhook_id: str) -> dict[str, Any]:
+        return self._call("DELETE", f"/webhooks/{_segment(webhook_id)}")
+
+    def webhook_deliveries(
+        self, webhook_id: str, *, limit: int = 50, cursor: str | None = None, state: str | None = None
+    ) -> dict[str, Any]:
+        params = _params(limit=limit, cursor=cursor, state=state)
+        return self._call("GET", f"/webhooks/{_segment(webhook_id)}/deliveries", params=params)
+
+    def redeliver(self, webhook_id: str, delivery_id: str) -> dict[str, Any]:
+        return self._call("POST", f"/webhooks/{_segment(webhook_id)}/deliveries/{_segment(delivery_id)}/redeliver")
+
+    def ping_webhook(self, webhook_id: str) -> dict[str, Any]:
+        return self._call("POST", f"/webhooks/{_segment(webhook_id)}/test")
+
     def ready(self) -> bool:
         """Whether the server would classify now; False while it starts or when it cannot be reached."""
         try:

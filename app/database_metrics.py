@@ -1,4 +1,4 @@
-"""What the database tells Prometheus: the queue of requests, the trainings under way, the prompts.
+"""What the database tells Prometheus: the queue of requests, the trainings under way, the prompts, the webhooks.
 
 Every replica reads the same rows, so a query over several takes the ``max``, never the ``sum``.
 """
@@ -13,7 +13,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from sqlalchemy import ColumnElement, case, func, select, text
 from sqlalchemy.orm import Session
 
-from app.tables import RUNNING, ActiveSet, Prompt, PromptState, RequestState, UnlearnRequest
+from app.tables import (
+    RUNNING,
+    ActiveSet,
+    DeliveryState,
+    Prompt,
+    PromptState,
+    RequestState,
+    UnlearnRequest,
+    WebhookDelivery,
+)
 
 STATEMENT_MILLISECONDS = 2000
 OPEN = (RequestState.PENDING, *RUNNING)
@@ -35,10 +44,12 @@ class Seen:
     step_seconds: float | None
     steps_done: int
     steps_planned: int
+    deliveries: Mapping[str, int]
+    overdue_seconds: float | None
 
 
 def observe(session: Session, now: datetime) -> Seen:
-    """Two grouped queries and one row; begins the transaction, which must be a new one, and only reads."""
+    """Three grouped queries and one row; begins the transaction, which must be a new one, and only reads."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SET TRANSACTION READ ONLY"))
         session.execute(text(f"SET LOCAL statement_timeout = {STATEMENT_MILLISECONDS}"))
@@ -69,6 +80,10 @@ def observe(session: Session, now: datetime) -> Seen:
     counted = session.execute(select(Prompt.state, func.count()).group_by(Prompt.state))
     prompts: dict[str, int] = dict(counted.all())
 
+    message = WebhookDelivery
+    sent = session.execute(select(message.state, func.count(), func.min(message.next_at)).group_by(message.state)).all()
+    deliveries = {found[0]: found[1] for found in sent}
+
     def ago(moment: datetime | None) -> float | None:
         return None if moment is None else max(0.0, (now - moment).total_seconds())
 
@@ -86,6 +101,8 @@ def observe(session: Session, now: datetime) -> Seen:
         step_seconds=ago(min((found.last_step_at for found in running), default=None)),
         steps_done=sum(found.done for found in running),
         steps_planned=sum(found.planned for found in running),
+        deliveries={state.value: deliveries.get(state, 0) for state in DeliveryState},
+        overdue_seconds=ago(min((found[2] for found in sent if found[2] is not None), default=None)),
     )
 
 
@@ -126,6 +143,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[Seen], float | None]], ...] = (
         lambda seen: seen.steps_planned,
     ),
     (
+        "letheon_webhook_overdue_seconds",
+        "How long the webhook message that is due longest has been due; 0 when none is.",
+        lambda seen: seen.overdue_seconds or 0.0,
+    ),
+    (
         "letheon_database_active_set_version",
         "The active set that the database names.",
         lambda seen: seen.version,
@@ -140,6 +162,9 @@ def families(seen: Seen | None) -> Iterator[Metric]:
     )
     requests = GaugeMetricFamily("letheon_requests", "Unlearn requests by state.", labels=["state"])
     prompts = GaugeMetricFamily("letheon_prompts", "Prompts by state.", labels=["state"])
+    deliveries = GaugeMetricFamily(
+        "letheon_webhook_deliveries", "Messages to webhooks in the log, by state.", labels=["state"]
+    )
     expiries = CounterMetricFamily(
         "letheon_lease_expiries",
         "Attempts that ended because nobody renewed their lease: the worker was lost, or broke off.",
@@ -150,9 +175,11 @@ def families(seen: Seen | None) -> Iterator[Metric]:
             requests.add_metric([state], count)
         for state, count in seen.prompts.items():
             prompts.add_metric([state], count)
+        for state, count in seen.deliveries.items():
+            deliveries.add_metric([state], count)
         expiries.add_metric([], seen.lease_expiries)
         for family, read in gauges:
             value = read(seen)
             if value is not None:
                 family.add_metric([], value)
-    yield from (requests, prompts, expiries, *(family for family, _ in gauges))
+    yield from (requests, prompts, deliveries, expiries, *(family for family, _ in gauges))

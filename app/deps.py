@@ -64,8 +64,18 @@ def _prompt_id(prompt_id: Annotated[str, Path(examples=["prm_019aa5b0c2d41f2e3d4
     return _known_form(prompt_id)
 
 
+def _webhook_id(webhook_id: Annotated[str, Path(examples=["whk_019aa5b0c2d41f2e3d4c5b6a7988"])]) -> str:
+    return _known_form(webhook_id)
+
+
+def _delivery_id(delivery_id: Annotated[str, Path(examples=["dlv_019aa5b0c2d41f2e3d4c5b6a7988"])]) -> str:
+    return _known_form(delivery_id)
+
+
 RequestId = Annotated[str, Depends(_request_id)]
 PromptId = Annotated[str, Depends(_prompt_id)]
+WebhookId = Annotated[str, Depends(_webhook_id)]
+DeliveryId = Annotated[str, Depends(_delivery_id)]
 Limit = Annotated[int, Query(ge=1, le=200, description="Items per page.")]
 Cursor = Annotated[
     str | None,

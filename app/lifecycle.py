@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from app import audit, db
+from app import audit, db, webhook_queue
 from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from app.tables import (
     RUNNING,
@@ -303,9 +303,11 @@ def record_state(
     detail: dict[str, Any],
     now: datetime,
 ) -> None:
-    """The event and the audit entry of a transition that the row already shows."""
+    """The event, the webhooks' messages and the audit entry of a transition that the row already shows."""
     state = RequestState(request.state).value
-    session.add(RequestEvent(request_id=request.id, at=now, type="state", data={"state": state, **detail}))
+    event = RequestEvent(request_id=request.id, at=now, type="state", data={"state": state, **detail})
+    session.add(event)
+    webhook_queue.enqueue(session, request, event, before=before)
     audit.append(
         session,
         actor=actor,

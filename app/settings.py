@@ -95,8 +95,11 @@ class Settings(BaseSettings):
     webhook_private: bool = Field(
         default=False, description="Webhooks may go to http:// and to loopback, private and link-local addresses."
     )
-    webhook_timeout_seconds: float = Field(default=10.0, gt=0)
+    webhook_timeout_seconds: float = Field(default=10.0, gt=0, le=60, description="For a whole attempt, name included.")
     webhook_attempts: int = Field(default=8, ge=1, description="Per message, with growing pauses; then it has failed.")
+    webhook_log_days: float = Field(
+        default=30.0, gt=0, description="Deliveries that have ended are kept for this long."
+    )
 
     traces: bool = Field(
         default=False, description="OpenTelemetry traces; needs `letheon[otel]`. OTEL_… variables say where they go."

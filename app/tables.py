@@ -55,6 +55,13 @@ class PromptState(StrEnum):
     REVOKED = "revoked"
 
 
+class DeliveryState(StrEnum):
+    PENDING = "pending"
+    SENDING = "sending"  # until ``next_at``; whoever sends it and has not said how it went by then is gone
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
 RUNNING = (RequestState.TRAINING, RequestState.EVALUATING)
 LIVE = (RequestState.PENDING, *RUNNING, RequestState.AWAITING_APPROVAL, RequestState.ACTIVE)
 """States whose forget texts must stay out of every retain set (promise 9)."""
@@ -335,7 +342,10 @@ class IdempotencyKey(Base):
 
 
 class Webhook(Base):
-    """Where an API key's owner wants state changes of its requests told. The signing secret is sealed."""
+    """Where an API key's owner wants state changes of its requests told. The signing secret is sealed.
+
+    ``all_requests``: of everybody's requests; for keys that may read those.
+    """
 
     __tablename__ = "webhooks"
 
@@ -343,6 +353,7 @@ class Webhook(Base):
     api_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), index=True)
     url: Mapped[str] = mapped_column(String(2000))
     states: Mapped[list[str]]  # told of these; empty: of all
+    all_requests: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     wrapped_key: Mapped[bytes] = mapped_column(LargeBinary)
     sealed_secret: Mapped[bytes] = mapped_column(LargeBinary)
     created_at: Mapped[datetime]
@@ -360,11 +371,11 @@ class WebhookDelivery(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
-    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))
+    request_id: Mapped[str | None] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))  # of no ping
     payload: Mapped[dict[str, Any]]  # ids, states and times only
-    state: Mapped[str] = mapped_column(String(20))  # "pending" | "delivered" | "failed"
-    attempts: Mapped[int] = mapped_column(default=0)
-    next_at: Mapped[datetime]  # when it is due, or when a delivery under way counts as lost
+    state: Mapped[str] = mapped_column(String(20))
+    attempts: Mapped[int] = mapped_column(default=0)  # only grows, and fences off whoever was too slow
+    next_at: Mapped[datetime | None]  # when it is due, or when a delivery under way counts as lost
     created_at: Mapped[datetime]
     delivered_at: Mapped[datetime | None]
     last_status: Mapped[int | None]

@@ -326,6 +326,28 @@ def test_wait_gives_up_on_a_server_that_stays_away() -> None:
         client.wait("req_1", give_up_seconds=0.6)
 
 
+# --- webhooks --------------------------------------------------------------------------------------------------------
+
+
+def test_webhooks_are_made_listed_tried_and_disabled(live: Live) -> None:
+    live.use("requests")
+    plain = run("webhooks", "create", "https://example.com/hook", "--state", "active")
+    assert plain.exit_code == 0 and plain.stdout.startswith("whsec_") and len(plain.stdout.split()) == 1
+    made = document(run("webhooks", "create", "https://example.com/hook", "--json"))
+    listed = run("webhooks", "list", "--json")
+    assert made["secret"] not in listed.stdout
+    assert [hook["states"] for hook in document(listed)["items"]] == [[], ["active"]]
+    assert "https://example.com/hook" in run("webhooks", "list").stdout
+    sent = document(run("webhooks", "test", made["id"], "--json"))
+    assert [d["id"] for d in document(run("webhooks", "deliveries", made["id"], "--json"))["items"]] == [sent["id"]]
+    assert sent["id"] in run("webhooks", "deliveries", made["id"], "--state", "pending").stdout
+    assert document(run("webhooks", "redeliver", made["id"], sent["id"], "--json"))["state"] == "pending"
+    assert document(run("webhooks", "disable", made["id"], "--json"))["disabled_at"]
+    assert "disabled" in error_line(run("webhooks", "test", made["id"]))
+    assert "scope" in error_line(run("webhooks", "create", "https://example.com", "--all-requests"))
+    assert "https://" in error_line(run("webhooks", "create", "http://example.com"))
+
+
 # --- keys and doctor: the local database -----------------------------------------------------------------------------
 
 

@@ -11,9 +11,9 @@ from sqlalchemy import Engine, event, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, job_queue, lifecycle
+from app import active_set, job_queue, keys, lifecycle, webhook_queue, webhooks
 from app.database_metrics import Seen, families, observe
-from app.tables import PromptState, RequestState, UnlearnRequest, utcnow
+from app.tables import DeliveryState, PromptState, RequestState, UnlearnRequest, utcnow
 from app.vault import Vault
 
 Sessions = sessionmaker[Session]
@@ -56,6 +56,8 @@ def test_an_empty_database(sessions: Sessions) -> None:
         step_seconds=None,
         steps_done=0,
         steps_planned=0,
+        deliveries={state.value: 0 for state in DeliveryState},
+        overdue_seconds=None,
     )
     values = {family.name: [sample.value for sample in family.samples] for family in families(seen)}
     assert values["letheon_requests_pending_oldest_seconds"] == [0]
@@ -166,13 +168,34 @@ def test_prompts_by_state(sessions: Sessions, vault: Vault) -> None:
     assert (seen.version, seen.requests["active"], seen.requests["revoked"]) == (4, 2, 1)
 
 
-def test_a_reading_is_three_queries_and_cannot_write(
+def test_messages_to_webhooks(sessions: Sessions, vault: Vault) -> None:
+    with sessions.begin() as session:
+        key, _ = keys.create_key(session, name="test", scopes=["requests"], actor="test")
+        hook, _ = webhooks.create_webhook(
+            session, vault, api_key_id=key.id, scopes=key.scopes, url="https://example.com/"
+        )
+        webhooks.ping(session, hook.id, of=None)
+    assert look(sessions, later=100).overdue_seconds == pytest.approx(100, abs=5)
+    with sessions.begin() as session:
+        [due] = webhook_queue.claim(session, limit=9, lease_seconds=70, max_attempts=3)
+    seen = look(sessions)
+    assert (seen.deliveries["pending"], seen.deliveries["sending"], seen.overdue_seconds) == (0, 1, 0)
+    assert look(sessions, later=100).overdue_seconds == pytest.approx(30, abs=5), "its sender is gone"
+    failed = webhook_queue.Outcome(webhook_queue.DeliveryError.TIMEOUT)
+    with sessions.begin() as session:
+        webhook_queue.record(session, due, failed, max_attempts=1)
+    seen = look(sessions, later=100)
+    assert seen.deliveries == {"pending": 0, "sending": 0, "delivered": 0, "failed": 1}
+    assert seen.overdue_seconds is None
+
+
+def test_a_reading_is_four_queries_and_cannot_write(
     sessions: Sessions, vault: Vault, engine: Engine, statements: list[str]
 ) -> None:
     submit(sessions, vault)
     statements.clear()
     look(sessions)
-    assert len([said for said in statements if said.startswith("SELECT")]) == 3
+    assert len([said for said in statements if said.startswith("SELECT")]) == 4
     assert not [said for said in statements if said.startswith(("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE"))]
     if engine.dialect.name == "postgresql":
         with sessions() as session:

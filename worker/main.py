@@ -27,6 +27,7 @@ from models.errors import DatasetError, ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
 from worker.context import Context
+from worker.deliveries import Deliveries
 from worker.tasks import recheck_active_set, run_job
 from worker.threads import Reaper, Trainer
 
@@ -67,6 +68,8 @@ def run(settings: Settings) -> int:
         on_death=on_death,
     )
 
+    deliveries = Deliveries(context.sessions, context.vault, settings, on_death=on_death)
+
     def train(request_id: str) -> None:
         """The task: the id says what happened, the database says what to do."""
         trainer.ring()
@@ -75,6 +78,7 @@ def run(settings: Settings) -> int:
         context.stop.set()
         trainer.stop()
         reaper.stop()
+        deliveries.stop()
 
     celery.task(name=broker.TRAIN_TASK, ignore_result=True)(train)
     signals.worker_shutting_down.connect(stop, weak=False)
@@ -90,6 +94,7 @@ def run(settings: Settings) -> int:
     )
     trainer.start()
     reaper.start()
+    deliveries.start()
     try:
         worker.start()
     finally:
@@ -97,9 +102,10 @@ def run(settings: Settings) -> int:
         signals.worker_shutting_down.disconnect(stop)
         trainer.join()  # the checkpoint is being stored
         reaper.join()
+        deliveries.join()
         if stop_tracing is not None:
             stop_tracing()
-    return 1 if trainer.crashed or reaper.crashed else int(worker.exitcode or 0)
+    return 1 if trainer.crashed or reaper.crashed or deliveries.crashed else int(worker.exitcode or 0)
 
 
 def configure_logging() -> None:

@@ -1,0 +1,123 @@
+"""Webhooks: signed messages about state changes, and the log of their delivery."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from app import webhooks
+from app.auth import Caller, RequestsCaller
+from app.deps import Cursor, DeliveryId, Limit, ServiceDep, WebhookId
+from app.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    MalformedBody,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+)
+from app.problems import UnsupportedMediaType, problems
+from app.schemas_webhooks import DeliveryOut, DeliveryPage, WebhookCreated, WebhookIn, WebhookOut, WebhookPage
+from app.tables import DeliveryState, Webhook
+
+router = APIRouter(tags=["webhooks"], responses=problems(Unauthenticated, Forbidden, InvalidInput))
+
+
+def _whose(caller: Caller) -> str | None:
+    """The key whose webhooks the caller may see; None: everybody's."""
+    return None if "admin" in caller.scopes else caller.key_id
+
+
+def _shown(webhook: Webhook, caller: Caller) -> WebhookOut:
+    found = WebhookOut.model_validate(webhook)
+    return found if webhook.api_key_id == caller.key_id else found.model_copy(update={"url": None})
+
+
+@router.post(
+    "/webhooks",
+    status_code=201,
+    response_model=WebhookCreated,
+    responses=problems(MalformedBody, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
+)
+def create_webhook(body: WebhookIn, caller: RequestsCaller, service: ServiceDep) -> Any:
+    """Be told of the state changes of your requests. The answer holds the signing secret, for the only time."""
+    with service.sessions.begin() as session:
+        webhook, secret = webhooks.create_webhook(
+            session,
+            service.vault,
+            api_key_id=caller.key_id,
+            scopes=caller.scopes,
+            url=body.url,
+            states=body.states,
+            all_requests=body.all_requests,
+            private=service.settings.webhook_private,
+        )
+    return {**_shown(webhook, caller).model_dump(), "secret": secret}
+
+
+@router.get("/webhooks", response_model=WebhookPage)
+def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50, cursor: Cursor = None) -> Any:
+    """Your webhooks, newest first, disabled ones included; an admin sees everybody's, without their URLs."""
+    with service.sessions() as session:
+        items, next_cursor = webhooks.list_webhooks(session, of=_whose(caller), limit=limit, cursor=cursor)
+    return {"items": [_shown(webhook, caller) for webhook in items], "next_cursor": next_cursor}
+
+
+@router.get("/webhooks/{webhook_id}", response_model=WebhookOut, responses=problems(NotFound))
+def get_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
+    """One webhook."""
+    with service.sessions() as session:
+        return _shown(webhooks.get_webhook(session, webhook_id, of=_whose(caller)), caller)
+
+
+@router.delete("/webhooks/{webhook_id}", response_model=WebhookOut, responses=problems(NotFound))
+def disable_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
+    """End a webhook, for good. What waits for it is not sent; its log stays for a while."""
+    with service.sessions.begin() as session:
+        webhook = webhooks.disable_webhook(session, webhook_id, of=_whose(caller), actor=caller.key_id)
+    return _shown(webhook, caller)
+
+
+@router.get("/webhooks/{webhook_id}/deliveries", response_model=DeliveryPage, responses=problems(NotFound))
+def list_webhook_deliveries(
+    caller: RequestsCaller,
+    webhook_id: WebhookId,
+    service: ServiceDep,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+    state: Annotated[DeliveryState | None, Query()] = None,
+) -> Any:
+    """The messages of a webhook and how their delivery went, newest first."""
+    with service.sessions() as session:
+        items, next_cursor = webhooks.list_deliveries(
+            session, webhook_id, of=_whose(caller), limit=limit, cursor=cursor, state=state
+        )
+    return {"items": items, "next_cursor": next_cursor}
+
+
+@router.post(
+    "/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver",
+    status_code=202,
+    response_model=DeliveryOut,
+    responses=problems(NotFound, Conflict),
+)
+def redeliver(caller: RequestsCaller, webhook_id: WebhookId, delivery_id: DeliveryId, service: ServiceDep) -> Any:
+    """Send a message once more, whatever became of it; it keeps its id. One that waits for another attempt goes now."""
+    with service.sessions.begin() as session:
+        return webhooks.redeliver(session, webhook_id, delivery_id, of=_whose(caller))
+
+
+@router.post(
+    "/webhooks/{webhook_id}/test",
+    status_code=202,
+    response_model=DeliveryOut,
+    responses=problems(NotFound, Conflict),
+)
+def ping_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
+    """Send a `ping`; its delivery says whether it arrived."""
+    with service.sessions.begin() as session:
+        return webhooks.ping(session, webhook_id, of=_whose(caller))
