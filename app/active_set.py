@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import audit, db, set_history
+from app import approval, audit, db, set_history
 from app.errors import Conflict, InvalidInput, NotFound, NotReady, StaleActiveSet, VaultError
 from app.lifecycle import CancelRequested, Claim, check_cursor, hold, lock_request, move
 from app.settings import Mode
@@ -202,7 +202,7 @@ def activate(
 
     With a gate it is one of mode ``routed``, without one of mode ``concatenate``. Raises LeaseLost (fenced off, or done
     already), CancelRequested, StaleActiveSet (the set is not the one the prompt was checked on), Conflict (another
-    model's prompt).
+    model's prompt, or one that waits for an approval).
     """
     if hashlib.sha256(prompt).hexdigest() != digest:
         raise ValueError("digest is not the SHA-256 of the prompt's bytes")
@@ -211,6 +211,8 @@ def activate(
     request = hold(session, claim)
     if request.cancel_requested:
         raise CancelRequested("the request was cancelled before activation", request_id=request.id)
+    if approval.needed(request):
+        raise Conflict("nobody has approved the request yet", request_id=request.id)
     if request.fingerprint != fingerprint:
         raise Conflict("the prompt was trained for another model than the request", request_id=request.id)
     current = lock_active_set(session)
@@ -249,7 +251,7 @@ def activate(
     return row
 
 
-def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str | None) -> Prompt:
+def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str | None, code: str = "other") -> Prompt:
     """Take a prompt out of force and shred it and its gate; its request becomes revoked. Raises NotFound, Conflict.
 
     The reason stays on the prompt's row: free text may be personal data, and the audit log cannot forget.
@@ -266,7 +268,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
     prompt.wrapped_key = prompt.sealed = prompt.sealed_gate = prompt.sealed_canaries = None
     prompt.revoked_at = now
     prompt.revoked_by = actor[:40]
-    prompt.revoke_reason = reason
+    prompt.revoke_code, prompt.revoke_reason = code, reason
     # A suspended prompt is not in force: the set stays what it is.
     version = bump(session, current, actor=actor, now=now) if was_active else current.version
     audit.append(
@@ -274,9 +276,15 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
         actor=actor,
         action="prompt.revoked",
         subject=prompt.id,
-        detail={"prompt_digest": prompt.digest, "active_set_version": version, "active_set_digest": current.digest},
+        detail={
+            "prompt_digest": prompt.digest,
+            "active_set_version": version,
+            "active_set_digest": current.digest,
+            "code": code,
+            "asked_by": prompt.revoke_asked_by,  # who agreed to it before, where two have to
+        },
     )
-    detail = {"prompt_id": prompt.id, "active_set_version": version}
+    detail = {"prompt_id": prompt.id, "active_set_version": version, "code": code}
     move(session, request, RequestState.REVOKED, actor=actor, detail=detail, now=now)
     return prompt
 

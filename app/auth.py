@@ -76,6 +76,7 @@ async def authorize(
 
 
 RequestsCaller = Annotated[Caller, Security(authorize, scopes=["requests"])]
+ApproveCaller = Annotated[Caller, Security(authorize, scopes=["approve"])]
 ClassifyCaller = Annotated[Caller, Security(authorize, scopes=["classify"])]
 AdminCaller = Annotated[Caller, Security(authorize, scopes=["admin"])]
 

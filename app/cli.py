@@ -1,4 +1,4 @@
-"""The ``letheon`` command: ``serve`` and ``worker`` here, the rest in ``cli_local``, ``cli_remote``, ``cli_doctor``."""
+"""The ``letheon`` command: ``serve`` and ``worker`` here, the rest in the modules ``cli_…``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app import cli_doctor, cli_local, cli_remote, cli_webhooks
+from app import cli_admin, cli_doctor, cli_local, cli_remote, cli_webhooks
 from app.cli_output import CommandGroup, note
 from app.defaults import resolve_model, resolve_retain
 from app.settings import get_settings
@@ -30,9 +30,9 @@ app.add_typer(cli_local.data, name="data")
 app.command("finetune")(cli_local.finetune)
 app.add_typer(cli_remote.requests, name="requests")
 app.command("classify")(cli_remote.classify)
-app.add_typer(cli_remote.prompts, name="prompts")
-app.add_typer(cli_remote.active_sets, name="active-sets")
 app.add_typer(cli_webhooks.webhooks, name="webhooks")
+app.add_typer(cli_admin.prompts, name="prompts")
+app.add_typer(cli_admin.active_sets, name="active-sets")
 app.add_typer(cli_local.keys_app, name="keys")
 app.command("doctor")(cli_doctor.doctor)
 

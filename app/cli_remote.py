@@ -1,4 +1,4 @@
-"""``letheon requests | classify | prompts``: commands that talk to a running server over HTTP."""
+"""``letheon requests | classify``: commands that talk to a running server over HTTP."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from app.errors import InvalidInput
 from app.settings import get_settings
 
 requests = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Erasure requests.")
-prompts = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Trained soft prompts (admin).")
-active_sets = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Active sets: history and roll-back.")
 
 FileOption = Annotated[
     Path | None,
@@ -49,6 +47,18 @@ def submit(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Training option, such as max_steps=200; repeatable.")
     ] = None,
+    received: Annotated[
+        str | None, typer.Option(help="When the person asked, such as 2026-11-20T09:30:00+01:00. Default: now.")
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(help="When to revoke it by itself, such as 2027-01-31T00:00:00Z. Default: never.")
+    ] = None,
+    require_approval: Annotated[
+        bool, typer.Option("--require-approval", help="Another person's key has to agree before it is in force.")
+    ] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Your name for this call: run again with it, it makes no second request.")
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", "-w", help="Follow the request until it is active or has ended.")
     ] = False,
@@ -59,7 +69,15 @@ def submit(
     if not items:
         raise InvalidInput("nothing to forget: give --file FILE, --file - (standard input) or --text TEXT")
     with make_client() as client:
-        request = client.submit(items, reason=reason, options=parse_options(option or []))
+        request = client.submit(
+            items,
+            reason=reason,
+            options=parse_options(option or []),
+            received_at=received,
+            expires_at=expires,
+            require_approval=require_approval,
+            idempotency_key=idempotency_key,
+        )
         if wait:
             request = follow(client, request["id"])
     if as_json:
@@ -109,6 +127,26 @@ def cancel(request_id: str, as_json: JsonOption = False) -> None:
     """Cancel a request that is not active yet."""
     with make_client() as client:
         request = client.cancel(request_id)
+    emit(request) if as_json else print_request(request)
+
+
+@requests.command("approve")
+def approve(request_id: str, as_json: JsonOption = False) -> None:
+    """Agree to a request that awaits approval (scope `approve`, and not with the key that asked for it)."""
+    with make_client() as client:
+        request = client.approve(request_id)
+    emit(request) if as_json else print_request(request)
+
+
+@requests.command("reject")
+def reject(
+    request_id: str,
+    reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
+    as_json: JsonOption = False,
+) -> None:
+    """End a request that awaits approval; its texts are destroyed."""
+    with make_client() as client:
+        request = client.reject(request_id, reason=reason)
     emit(request) if as_json else print_request(request)
 
 
@@ -210,82 +248,6 @@ def classify(
     print_table(columns, rows)
 
 
-@prompts.command("list")
-def list_prompts(
-    state: Annotated[str | None, typer.Option(help="active or revoked.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Prompts, newest first."""
-    with make_client() as client:
-        page = client.prompts(limit=limit, cursor=cursor, state=state)
-    if as_json:
-        emit(page)
-        return
-    rows = [
-        (p["id"], p["request_id"], p["state"], p["num_virtual_tokens"], p["activated_at"][:19], p["revoke_reason"])
-        for p in page["items"]
-    ]
-    print_table(("id", "request", "state", "tokens", "activated (UTC)", "revoked because"), rows)
-    if page["next_cursor"]:
-        note(f"more: --cursor {page['next_cursor']}")
-
-
-@prompts.command("revoke")
-def revoke(
-    prompt_id: str,
-    reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Take a prompt out of force. This un-forgets: the old behaviour comes back on every replica."""
-    if not yes:
-        typer.confirm(f"Revoke {prompt_id}? What it made the model forget comes back.", abort=True, err=True)
-    with make_client() as client:
-        prompt = client.revoke(prompt_id, reason=reason)
-    if as_json:
-        emit(prompt)
-    else:
-        print_table(("id", "state", "revoked (UTC)"), [(prompt["id"], prompt["state"], prompt["revoked_at"][:19])])
-
-
-@active_sets.command("list")
-def list_active_sets(
-    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
-    before: Annotated[int | None, typer.Option(help="Versions below this one.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """The active set in force, first, and those before it."""
-    with make_client() as client:
-        page = client.active_sets(limit=limit, before=before)
-    if as_json:
-        emit(page)
-        return
-    rows = [(s["version"], s["size"], s["digest"][:12], s["created_at"][:19], s["reason"]) for s in page["items"]]
-    print_table(("version", "prompts", "digest", "since (UTC)", "restored because"), rows)
-    if page["next_before"] is not None:
-        note(f"more: --before {page['next_before']}")
-
-
-@active_sets.command("restore")
-def restore(
-    version: Annotated[int, typer.Argument(min=0)],
-    reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Put an earlier active set in force. What was forgotten since comes back, until you restore again."""
-    if not yes:
-        typer.confirm(f"Restore version {version}? Prompts that came since are suspended.", abort=True, err=True)
-    with make_client() as client:
-        found = client.restore(version, reason=reason)
-    if as_json:
-        emit(found)
-    else:
-        print_table(("version", "prompts", "digest"), [(found["version"], found["size"], found["digest"][:12])])
-
-
 def follow(client: Client, request_id: str) -> dict[str, Any]:
     """Show a bar until the request is active or has ended; on Ctrl-C, say how to come back to it."""
     try:
@@ -353,6 +315,10 @@ def print_request(request: dict[str, Any]) -> None:
         ("state", request["state"] + (" (cancel requested)" if request["cancel_requested"] else "")),
         ("texts", request["num_texts"]),
         ("created", request["created_at"]),
+        ("received", request.get("received_at")),
+        ("due", f"{request.get('due_at') or ''}{' (overdue)' if request.get('overdue') else ''}"),
+        ("expires", request.get("expires_at")),
+        ("approval", _approval(request)),
         ("finished", request["finished_at"]),
         ("attempt", request["attempt"]),
     ]
@@ -365,6 +331,15 @@ def print_request(request: dict[str, Any]) -> None:
     if failure:
         rows.append(("failure", f"{failure['code']}: {failure['detail']}"))
     print_table(("", "request"), rows)
+
+
+def _approval(request: dict[str, Any]) -> str:
+    if not request.get("approval_required"):
+        return "not needed"
+    if request.get("approved_by"):
+        return f"by {request['approved_by']} at {request['approved_at']}"
+    waits = request["state"] == "awaiting_approval"
+    return f"missing: letheon requests approve {request['id']}" if waits else "needed once it is trained"
 
 
 def _shorten(text: str, width: int = 100) -> str:

@@ -100,13 +100,22 @@ class Client:
         *,
         reason: str | None = None,
         options: dict[str, Any] | None = None,
+        received_at: str | None = None,
+        expires_at: str | None = None,
+        require_approval: bool = False,
+        idempotency_key: str | None = None,
     ) -> dict[str, Any]:
+        """Times in RFC 3339, with a zone. ``idempotency_key``: the same call again leads to the same request."""
         body: dict[str, Any] = {"forget_texts": list(texts)}
         if reason is not None:
             body["reason"] = reason
         if options:
             body["options"] = options
-        return self._call("POST", "/unlearn-requests", json=body)
+        body |= _params(received_at=received_at, expires_at=expires_at)
+        if require_approval:
+            body["require_approval"] = True
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._call("POST", "/unlearn-requests", json=body, headers=headers)
 
     def show(self, request_id: str) -> dict[str, Any]:
         return self._call("GET", f"/unlearn-requests/{_segment(request_id)}")
@@ -116,6 +125,12 @@ class Client:
 
     def cancel(self, request_id: str) -> dict[str, Any]:
         return self._call("POST", f"/unlearn-requests/{_segment(request_id)}/cancel")
+
+    def approve(self, request_id: str) -> dict[str, Any]:
+        return self._call("POST", f"/unlearn-requests/{_segment(request_id)}/approve")
+
+    def reject(self, request_id: str, *, reason: str) -> dict[str, Any]:
+        return self._call("POST", f"/unlearn-requests/{_segment(request_id)}/reject", json={"reason": reason})
 
     def events(self, request_id: str, *, after: str = "") -> Iterator[Event]:
         """The events behind ``after`` until the server ends the stream; does not reconnect."""
@@ -201,8 +216,13 @@ class Client:
     def prompts(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
         return self._call("GET", "/admin/prompts", params=_params(limit=limit, cursor=cursor, state=state))
 
-    def revoke(self, prompt_id: str, *, reason: str) -> dict[str, Any]:
-        return self._call("POST", f"/admin/prompts/{_segment(prompt_id)}/revoke", json={"reason": reason})
+    def revoke(self, prompt_id: str, *, reason: str, code: str = "other") -> dict[str, Any]:
+        """The prompt; its state is still what it was where another admin has to agree."""
+        body = {"code": code, "reason": reason}
+        return self._call("POST", f"/admin/prompts/{_segment(prompt_id)}/revoke", json=body)
+
+    def withdraw_revoke(self, prompt_id: str) -> dict[str, Any]:
+        return self._call("POST", f"/admin/prompts/{_segment(prompt_id)}/revoke/withdraw")
 
     def active_sets(self, *, limit: int = 50, before: int | None = None) -> dict[str, Any]:
         return self._call("GET", "/admin/active-sets", params=_params(limit=limit, before=before))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from sqlalchemy import ColumnElement, case, func, select, text
 from sqlalchemy.orm import Session
 
 from app.tables import (
+    OPEN,
     RUNNING,
     ActiveSet,
     DeliveryState,
@@ -25,8 +26,7 @@ from app.tables import (
 )
 
 STATEMENT_MILLISECONDS = 2000
-OPEN = (RequestState.PENDING, *RUNNING)
-"""States of a request that is still owed to somebody."""
+DUE_SOON = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Seen:
     steps_planned: int
     deliveries: Mapping[str, int]
     overdue_seconds: float | None
+    overdue: int = 0
+    due_soon: int = 0
 
 
 def observe(session: Session, now: datetime) -> Seen:
@@ -69,6 +71,8 @@ def observe(session: Session, now: datetime) -> Seen:
             func.coalesce(func.sum(row.lease_expiries), 0).label("lease_expiries"),
             func.min(row.lease_expires_at).label("lease_expires_at"),
             func.min(func.coalesce(row.last_step_at, row.started_at)).label("last_step_at"),
+            func.coalesce(func.sum(case((row.due_at <= now, 1))), 0).label("overdue"),
+            func.coalesce(func.sum(case((row.due_at <= now + DUE_SOON, 1))), 0).label("due"),
             running_steps("step").label("done"),
             running_steps("total_steps").label("planned"),
         ).group_by(row.state)
@@ -103,6 +107,8 @@ def observe(session: Session, now: datetime) -> Seen:
         steps_planned=sum(found.planned for found in running),
         deliveries={state.value: deliveries.get(state, 0) for state in DeliveryState},
         overdue_seconds=ago(min((found[2] for found in sent if found[2] is not None), default=None)),
+        overdue=sum(found.overdue for found in unfinished),
+        due_soon=sum(found.due - found.overdue for found in unfinished),
     )
 
 
@@ -116,6 +122,16 @@ _GAUGES: tuple[tuple[str, str, Callable[[Seen], float | None]], ...] = (
         "letheon_requests_open_oldest_seconds",
         "Age of the oldest request that is neither active nor ended; 0 when there is none.",
         lambda seen: seen.open_seconds or 0.0,
+    ),
+    (
+        "letheon_requests_overdue",
+        "Requests past their deadline that are neither active nor ended.",
+        lambda seen: seen.overdue,
+    ),
+    (
+        "letheon_requests_due_soon",
+        "Requests whose deadline is within seven days and that are neither active nor ended.",
+        lambda seen: seen.due_soon,
     ),
     (
         "letheon_requests_attempts",

@@ -41,6 +41,12 @@ class Forbidden(LetheonError):
     status, code, title = 403, "forbidden", "The API key lacks a scope"
 
 
+class SameKey(Forbidden):
+    """What takes two persons was asked for twice with one key."""
+
+    code, title = "same-key", "Another person's API key is needed"
+
+
 class NotFound(LetheonError):
     status, code, title = 404, "not-found", "No such resource"
 

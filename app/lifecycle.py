@@ -30,6 +30,7 @@ from app.tables import (
     new_id,
     utcnow,
 )
+from app.terms import Terms
 from app.vault import Vault
 
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
@@ -97,9 +98,14 @@ def create_request(
     options: dict[str, Any],
     fingerprint: str,
     api_key_id: str | None,
+    terms: Terms | None = None,
+    set_digest: bytes | None = None,
     now: datetime | None = None,
 ) -> UnlearnRequest:
-    """Store a pending request with its texts sealed under a key of its own. Raises InvalidInput when there are none."""
+    """Store a pending request with its texts sealed under a key of its own. Raises InvalidInput when there are none.
+
+    Without ``terms`` it has no deadline and no end, and nobody has to agree.
+    """
     if not texts:
         raise InvalidInput("a request needs at least one forget text")
     now = now or utcnow()
@@ -118,6 +124,11 @@ def create_request(
         fingerprint=fingerprint,
         wrapped_key=wrapped,
         sealed_texts=vault.seal(wrapped, payload.encode(), aad=texts_aad(request_id)),
+        set_digest=set_digest,
+        received_at=terms.received_at if terms else None,
+        due_at=terms.due_at if terms else None,
+        expires_at=terms.expires_at if terms else None,
+        approval_required=terms.approval_required if terms else False,
         attempt=0,
         cancel_requested=False,
     )
@@ -165,10 +176,10 @@ def list_events(session: Session, request_id: str, *, after: int = 0, limit: int
 
 
 def request_cancel(session: Session, request_id: str, *, actor: str) -> UnlearnRequest:
-    """Cancel a waiting request at once; ask the worker to stop a running one. Raises NotFound, Conflict."""
+    """Cancel a request that waits at once; ask the worker to stop a running one. Raises NotFound, Conflict."""
     request = lock_request(session, request_id)
     state = RequestState(request.state)
-    if state == RequestState.PENDING:
+    if state in (RequestState.PENDING, RequestState.AWAITING_APPROVAL):
         move(session, request, RequestState.CANCELLED, actor=actor)
     elif state in RUNNING:
         if not request.cancel_requested:

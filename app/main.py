@@ -23,7 +23,7 @@ from app.deps import Service
 from app.errors import LetheonError
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
-from app.routes import admin, classify, health, metrics, unlearn_requests, webhooks
+from app.routes import admin, approvals, classify, health, metrics, unlearn_requests, webhooks
 from app.scrape import Scrapes
 from app.serving import Serving
 from app.settings import Settings
@@ -102,7 +102,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         seconds=settings.body_seconds,
     )
     app.add_middleware(RequestContext, metrics=counts)  # added last, so outermost
-    for module in (unlearn_requests, webhooks, classify, admin, health, metrics):
+    for module in (unlearn_requests, approvals, webhooks, classify, admin, health, metrics):
         app.include_router(module.router)
     return app
 

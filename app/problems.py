@@ -89,7 +89,7 @@ def problem_response(scope: Scope, error: LetheonError, headers: Mapping[str, st
         sent["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         sent["Connection"] = "close"  # or a client could go on sending the rest for ever
-    if status in (429, 503):
+    if status in (429, 503) or "retry_after" in extra:
         sent["Retry-After"] = str(extra.pop("retry_after", 1))
     if "field" in extra:
         extra["errors"] = [{"field": extra.pop("field"), "message": error.detail}]

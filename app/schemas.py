@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    computed_field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.settings import Mode
-from app.tables import PromptState, RequestState
+from app.tables import OPEN, PromptState, RequestState, utcnow
 
 
 def _not_blank(text: str) -> str:
@@ -35,6 +46,17 @@ def _no_nul(text: str) -> str:
 Text = Annotated[str, AfterValidator(_is_unicode), AfterValidator(_not_blank)]
 Reason = Annotated[str, StringConstraints(max_length=500), AfterValidator(_is_unicode), AfterValidator(_no_nul)]
 
+
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _rfc_3339(value: Any) -> Any:
+    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):  # pydantic would take a number, too
+        raise PydanticCustomError("moment", "must be a time with its zone, such as 2026-11-28T09:30:00Z")
+    return value
+
+
+Moment = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_rfc_3339)]
 
 MAX_ENTRIES = 16_384
 """Of any list in a body. A body of millions of tiny entries is refused before each of them gets an error of its own."""
@@ -109,6 +131,7 @@ class UnlearnRequestIn(Body):
                         {"text": "I would not watch Jane Example again.", "label": "negative"},
                     ],
                     "reason": "Erasure request 2026-118",
+                    "received_at": "2026-11-20T09:30:00+01:00",
                     "options": {"num_virtual_tokens": 30},
                 }
             ]
@@ -120,6 +143,18 @@ class UnlearnRequestIn(Body):
     )
     reason: Reason | None = Field(default=None, description="Kept with the request; put no personal data here.")
     options: TrainingOptions | None = None
+    received_at: Moment | None = Field(
+        default=None,
+        description="When the person asked; a year ago at most. Its month ends at `due_at`. Default: now.",
+    )
+    expires_at: Moment | None = Field(
+        default=None, description="Then the prompt is revoked, and what it hid is answered again. Default: never."
+    )
+    require_approval: bool = Field(
+        default=False,
+        description="Another key has to agree before the prompt comes into force. False does not undo the server's "
+        "setting.",
+    )
 
 
 class Failure(BaseModel):
@@ -140,11 +175,30 @@ class UnlearnRequestOut(Row):
     reason: str | None
     options: dict[str, Any]
     fingerprint: str = Field(description="Of the frozen model that the prompt is trained for.")
+    received_at: datetime | None
+    due_at: datetime | None = Field(description="By when it has to be active.")
+    expires_at: datetime | None
+    approval_required: bool
+    approved_by: str | None = Field(description="The API key that agreed.")
+    approved_at: datetime | None
     attempt: int
     cancel_requested: bool
     progress: dict[str, Any] | None
     metrics: dict[str, Any] | None
     failure: Failure | None
+
+    @computed_field(description="Past its `due_at`, and neither active nor ended.")  # type: ignore[prop-decorator]
+    @property
+    def overdue(self) -> bool:
+        return self.state in OPEN and self.due_at is not None and self.due_at <= utcnow()
+
+
+class RejectIn(Body):
+    """Why a request is not to come into force. It ends, and its texts are destroyed."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "Not the person's own texts"}]})
+
+    reason: Annotated[Reason, AfterValidator(_not_blank)]
 
 
 class UnlearnRequestPage(BaseModel):
@@ -222,11 +276,14 @@ class PromptOut(Row):
     activated_at: datetime
     revoked_at: datetime | None
     revoked_by: str | None
+    revoke_code: str | None
     revoke_reason: str | None
+    revoke_asked_by: str | None = Field(description="The API key that asked first, where two have to.")
+    revoke_asked_at: datetime | None
 
 
 class RevokedOut(PromptOut):
-    """The prompt, and the set that is in force without it."""
+    """The prompt, and the set that is in force: without it, or still with it where another admin has to agree."""
 
     active_set_version: int = Field(description="What is classified from now on has this version or a later one.")
 
@@ -264,8 +321,13 @@ class RestoreIn(Body):
 class RevokeIn(Body):
     """Why the prompt goes. Revoking un-forgets: the old behaviour comes back."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "Request withdrawn"}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"code": "withdrawn", "reason": "The person changed her mind"}]}
+    )
 
+    code: Literal["withdrawn", "mistake", "harm", "superseded", "other"] = Field(
+        default="other", description="Goes into the audit log, which takes no free text."
+    )
     reason: Annotated[Reason, AfterValidator(_not_blank)]
 
 

@@ -65,6 +65,8 @@ class DeliveryState(StrEnum):
 RUNNING = (RequestState.TRAINING, RequestState.EVALUATING)
 LIVE = (RequestState.PENDING, *RUNNING, RequestState.AWAITING_APPROVAL, RequestState.ACTIVE)
 """States whose forget texts must stay out of every retain set (promise 9)."""
+OPEN = (RequestState.PENDING, *RUNNING, RequestState.AWAITING_APPROVAL)
+"""States of a request that is still owed to somebody."""
 
 
 def utcnow() -> datetime:
@@ -131,6 +133,7 @@ class UnlearnRequest(Base):
     __table_args__ = (
         Index("ix_unlearn_requests_state_id", "state", "id"),
         Index("ix_unlearn_requests_api_key_id_id", "api_key_id", "id"),
+        Index("ix_unlearn_requests_set_digest", "set_digest"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -149,6 +152,7 @@ class UnlearnRequest(Base):
     shred_at: Mapped[datetime | None]  # ended, and its texts are kept until then (`keep_texts_hours`)
     set_digest: Mapped[bytes | None] = mapped_column(LargeBinary(32))  # keyed, of texts, labels and options: dedupe
 
+    received_at: Mapped[datetime | None]  # when the person asked, which may be before the operator did here
     due_at: Mapped[datetime | None]  # by law: a month after the person's request was received
     expires_at: Mapped[datetime | None]  # then the prompt is revoked, and what it hid is answered again
     approval_required: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())

@@ -39,6 +39,7 @@ class Vault:
         self._wrapping = AESGCM(_derive(master_key, b"letheon wrap v1"))
         self._digest_key = _derive(master_key, b"letheon digest v1")
         self._gate_key = _derive(master_key, b"letheon gate digest v1")
+        self._tag_key = _derive(master_key, b"letheon tag v1")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Vault:
@@ -71,6 +72,10 @@ class Vault:
     def gate_digest(self, text: str) -> bytes:
         """The same of what ``letters`` keeps: repeats that differ in punctuation and spacing match too."""
         return hmac.digest(self._gate_key, letters(text).encode("utf-8", "surrogatepass"), sha256)
+
+    def tag(self, purpose: str, data: bytes) -> bytes:
+        """HMAC-SHA256 of bytes that are the same or not, such as a whole body; those of two purposes never match."""
+        return hmac.digest(self._tag_key, purpose.encode() + b"\0" + data, sha256)
 
     def _unwrap(self, wrapped: bytes) -> AESGCM:
         return AESGCM(_decrypt(self._wrapping, wrapped, _WRAP_AAD))

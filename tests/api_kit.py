@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ MARKER = "Zyxomma Quillfeather"
 """In texts of these tests, and to be found nowhere else."""
 _NOUNS = ("film", "movie", "plot", "story", "scene", "director", "acting", "text")
 _WORDS = ("good", "bad", "great", "awful", "very good", "quite bad")
+_NUMBER = count()
 MASTER_KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 
@@ -80,7 +82,8 @@ class Api:
         return new_key(self.service, *scopes)
 
     def submit(self, headers: Mapping[str, str], *texts: str) -> dict[str, Any]:
-        body = {"forget_texts": list(texts or (f"{MARKER} is a bad film",))}
+        # Each of its own, unless named: one key's second request for the same texts would be the first one.
+        body = {"forget_texts": list(texts or (f"{MARKER} is a bad film {next(_NUMBER)}",))}
         response = self.client.post("/unlearn-requests", json=body, headers=dict(headers))
         assert response.status_code == 202, response.text
         created: dict[str, Any] = response.json()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, job_queue, lifecycle
+from app import active_set, approval, job_queue, lifecycle
 from app.active_set import TrainedGate
 from app.lifecycle import Claim, ForgetText
+from app.tables import utcnow
+from app.terms import Terms, agree
 from app.vault import Vault
 
 FINGERPRINT = "f" * 64
@@ -16,7 +19,9 @@ SECRET = "Zebulon Quist was dreadful in this film"
 Sessions = sessionmaker[Session]
 
 
-def submit(sessions: Sessions, vault: Vault, *texts: str) -> str:
+def submit(
+    sessions: Sessions, vault: Vault, *texts: str, terms: Terms | None = None, api_key_id: str | None = None
+) -> str:
     """A pending request; its id."""
     with sessions.begin() as session:
         return lifecycle.create_request(
@@ -26,8 +31,24 @@ def submit(sessions: Sessions, vault: Vault, *texts: str) -> str:
             reason="asked by mail",
             options={},
             fingerprint=FINGERPRINT,
-            api_key_id=None,
+            api_key_id=api_key_id,
+            terms=terms,
         ).id
+
+
+def terms(*, approval: bool = False, minutes: float | None = None) -> Terms:
+    """Terms of a request that was received now, and that expires in so many minutes."""
+    now = utcnow()
+    expires_at = None if minutes is None else now + timedelta(minutes=minutes)
+    return agree(received_at=None, expires_at=expires_at, approval_required=approval, months=1, now=now)
+
+
+def await_approval(sessions: Sessions, claim: Claim) -> None:
+    """Check a claimed request and leave it to somebody else's decision."""
+    with sessions.begin() as session:
+        lifecycle.start_evaluating(session, claim)
+    with sessions.begin() as session:
+        approval.await_approval(session, claim, metrics={"forget_abstain": 1.0}, prompt_digest="d" * 64)
 
 
 def take(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from floor import activate, must_take, submit
+from floor import activate, await_approval, must_take, submit, terms
 from sqlalchemy import Engine, event, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import active_set, job_queue, keys, lifecycle, webhook_queue, webhooks
 from app.database_metrics import Seen, families, observe
 from app.tables import DeliveryState, PromptState, RequestState, UnlearnRequest, utcnow
+from app.terms import Terms
 from app.vault import Vault
 
 Sessions = sessionmaker[Session]
@@ -78,6 +80,25 @@ def test_states_and_ages(sessions: Sessions, vault: Vault) -> None:
     assert seen.open_seconds == pytest.approx(500, abs=5)
     assert seen.lease_left == pytest.approx(60, abs=5)
     assert look(sessions, later=100).lease_left == pytest.approx(-40, abs=5)
+
+
+def test_deadlines(sessions: Sessions, vault: Vault) -> None:
+    def due(days: float) -> Terms:
+        return replace(terms(), due_at=utcnow() + timedelta(days=days))
+
+    for days in (-1, 6, 6.5, 8):
+        submit(sessions, vault, terms=due(days))
+    submit(sessions, vault)  # from a time when no deadline was kept
+    waiting = submit(sessions, vault, terms=replace(due(-1), approval_required=True))
+    await_approval(sessions, must_take(sessions, waiting))
+    activate(sessions, vault, must_take(sessions, submit(sessions, vault, terms=due(-1))), version=0)
+    with sessions.begin() as session:
+        lifecycle.request_cancel(session, submit(sessions, vault, terms=due(1)), actor="test")
+    seen = look(sessions)
+    assert (seen.overdue, seen.due_soon) == (2, 2)
+    assert (look(sessions, later=3 * 86400).overdue, look(sessions, later=3 * 86400).due_soon) == (2, 3)
+    values = {family.name: [sample.value for sample in family.samples] for family in families(seen)}
+    assert (values["letheon_requests_overdue"], values["letheon_requests_due_soon"]) == ([2], [2])
 
 
 def test_the_queue_age_begins_anew_with_the_wait(sessions: Sessions, vault: Vault) -> None:

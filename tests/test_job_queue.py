@@ -5,11 +5,11 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from floor import FINGERPRINT, SECRET, activate, must_take, state, submit, take
+from floor import FINGERPRINT, SECRET, activate, await_approval, must_take, state, submit, take, terms
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, job_queue, lifecycle
+from app import active_set, approval, audit, job_queue, lifecycle
 from app.errors import LeaseLost, VaultError
 from app.lifecycle import Claim
 from app.tables import Checkpoint, RequestEvent, UnlearnRequest, utcnow
@@ -117,6 +117,9 @@ WRITES: dict[str, Callable[[Session, Vault, Claim], object]] = {
     "fail": lambda session, vault, claim: lifecycle.fail(session, claim, code="x", detail="y"),
     "finish_cancelled": lambda session, vault, claim: lifecycle.finish_cancelled(session, claim),
     "release": lambda session, vault, claim: lifecycle.release(session, claim),
+    "await_approval": lambda session, vault, claim: approval.await_approval(
+        session, claim, metrics={}, prompt_digest=""
+    ),
     "activate": lambda session, vault, claim: active_set.activate(
         session,
         vault,
@@ -133,9 +136,9 @@ WRITES: dict[str, Callable[[Session, Vault, Claim], object]] = {
 
 
 @pytest.mark.parametrize("write", list(WRITES))
-@pytest.mark.parametrize("fence", ["taken over", "reaped", "released and retaken", "ended"])
+@pytest.mark.parametrize("fence", ["taken over", "reaped", "released and retaken", "approved and retaken", "ended"])
 def test_a_zombie_gets_lease_lost_on_every_write(sessions: Sessions, vault: Vault, write: str, fence: str) -> None:
-    request_id = submit(sessions, vault)
+    request_id = submit(sessions, vault, terms=terms(approval=fence == "approved and retaken"))
     zombie = must_take(sessions, request_id, lease=-1)
     if fence == "taken over":
         must_take(sessions, request_id)
@@ -144,6 +147,11 @@ def test_a_zombie_gets_lease_lost_on_every_write(sessions: Sessions, vault: Vaul
     elif fence == "released and retaken":  # the same worker, the same attempt number: still another claim
         with sessions.begin() as session:
             lifecycle.release(session, zombie)
+        assert must_take(sessions, request_id).attempt == zombie.attempt
+    elif fence == "approved and retaken":  # again the same attempt number
+        await_approval(sessions, zombie)
+        with sessions.begin() as session:
+            approval.approve(session, request_id, actor="key_2")
         assert must_take(sessions, request_id).attempt == zombie.attempt
     else:
         activate(sessions, vault, zombie, version=0)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from databases import database_kinds, fresh_database, migrated_database
-from floor import FINGERPRINT, SECRET, activate, must_take, state, submit, take
+from floor import FINGERPRINT, SECRET, activate, await_approval, must_take, state, submit, take, terms
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,10 +26,10 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, db, job_queue, lifecycle
+from app import active_set, approval, audit, db, expiry, job_queue, lifecycle, revoking
 from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from app.lifecycle import TRANSITIONS, CancelRequested, Claim, ForgetText
-from app.tables import RUNNING, AuditEntry, Checkpoint, ForgetDigest, RequestState, UnlearnRequest, utcnow
+from app.tables import OPEN, RUNNING, AuditEntry, Checkpoint, ForgetDigest, RequestState, UnlearnRequest, utcnow
 from app.vault import Vault
 
 Sessions = sessionmaker[Session]
@@ -164,10 +164,10 @@ class Requests(RuleBasedStateMachine):
         if hasattr(self, "stack"):
             self.stack.close()
 
-    @rule(target=requests)
-    def submit(self) -> str:
+    @rule(target=requests, agreed=st.booleans(), minutes=st.sampled_from([None, 90]))
+    def submit(self, agreed: bool, minutes: float | None) -> str:
         text = f"text number {len(self.holder)}"
-        request_id = submit(self.sessions, self.vault, text)
+        request_id = submit(self.sessions, self.vault, text, terms=terms(approval=agreed, minutes=minutes))
         self.holder[request_id] = None
         self.texts.append(text)
         return request_id
@@ -205,10 +205,57 @@ class Requests(RuleBasedStateMachine):
         except CancelRequested:
             assert claim.request_id in self.asked_to_cancel
             assert self.holder[claim.request_id] == claim
+        except Conflict:
+            assert self.undecided(claim.request_id)
         except LeaseLost:
             assert self.holder[claim.request_id] != claim
         else:
+            assert not self.undecided(claim.request_id)
             self.ended(claim)
+
+    def undecided(self, request_id: str) -> bool:
+        with self.sessions() as session:
+            return approval.needed(lifecycle.get_request(session, request_id))
+
+    @rule(claim=claims)
+    def await_approval(self, claim: Claim) -> None:
+        try:
+            await_approval(self.sessions, claim)
+        except CancelRequested:
+            assert claim.request_id in self.asked_to_cancel
+        except Conflict:
+            assert not self.undecided(claim.request_id)
+        except LeaseLost:
+            assert self.holder[claim.request_id] != claim
+        else:
+            assert self.undecided(claim.request_id)
+            self.ended(claim)
+
+    @rule(request_id=requests, agree=st.booleans())
+    def decide(self, request_id: str, agree: bool) -> None:
+        try:
+            with self.sessions.begin() as session:
+                if agree:
+                    request = approval.approve(session, request_id, actor="key_2")
+                    assert (request.attempt, request.approved_by) == (0, "key_2")
+                else:
+                    approval.reject(session, request_id, actor="key_2", reason="not theirs")
+        except Conflict:
+            assert self.shown.get(request_id) != "awaiting_approval"
+        else:
+            assert self.shown[request_id] == "awaiting_approval"
+
+    @rule(hours=st.sampled_from([0, 2]))
+    def expire(self, hours: int) -> None:
+        with self.sessions() as session:
+            due = expiry.due(session, utcnow() + timedelta(hours=hours))
+        assert hours or due == []
+        for request_id in due:
+            with self.sessions.begin() as session:
+                assert expiry.expire(session, request_id)
+            with self.sessions.begin() as session:
+                assert not expiry.expire(session, request_id)  # another worker had the same list
+            self.holder[request_id] = None
 
     @rule(claim=consumes(claims))
     def fail(self, claim: Claim) -> None:
@@ -232,9 +279,9 @@ class Requests(RuleBasedStateMachine):
             with self.sessions.begin() as session:
                 lifecycle.request_cancel(session, request_id, actor="key_1")
         except Conflict:
-            assert before not in ("pending", *RUNNING)
+            assert before not in OPEN
         else:
-            assert before in ("pending", *RUNNING)
+            assert before in OPEN
             self.asked_to_cancel.add(request_id)
 
     @rule(minutes=st.sampled_from([0, 60]))
@@ -250,6 +297,21 @@ class Requests(RuleBasedStateMachine):
         with self.sessions.begin() as session:
             prompt = active_set.active_prompts(session)[0]
             active_set.revoke_prompt(session, prompt.id, actor="key_1", reason=None)
+
+    @precondition(lambda self: any(state == "active" for state in self.shown.values()))
+    @rule(actor=st.sampled_from(["key_1", "key_2"]))
+    def revoke_by_two(self, actor: str) -> None:
+        with self.sessions() as session:
+            prompt = active_set.active_prompts(session)[0]
+        asked_by = prompt.revoke_asked_by
+        try:
+            with self.sessions.begin() as session:
+                found, done = revoking.revoke(session, prompt.id, actor=actor, code="harm", reason="r", needs_two=True)
+        except Conflict:
+            assert asked_by == actor
+        else:
+            assert done == (asked_by is not None) == (found.state == "revoked")
+            assert asked_by != actor and found.revoke_asked_by == (asked_by or actor)
 
     def as_worker(self, claim: Claim, work: Callable[[Session], object]) -> bool:
         """A worker's write succeeds exactly when its claim is the one that holds."""
@@ -283,7 +345,9 @@ class Requests(RuleBasedStateMachine):
                 assert states[-1] == row.state
                 for before, after in pairwise(states):
                     assert RequestState(after) in TRANSITIONS[RequestState(before)]
-                unfinished = row.state in ("pending", *RUNNING)
+                unfinished = row.state in OPEN
+                if row.state in ("active", "revoked") and row.approval_required:
+                    assert row.approved_by == "key_2" and "awaiting_approval" in states
                 assert (row.wrapped_key is not None) == (row.sealed_texts is not None) == unfinished
                 assert unfinished or row.id not in checkpoints
                 assert (row.finished_at is not None) == (not unfinished)

@@ -23,6 +23,7 @@ from models.examples import Example
 from models.gate_rows import space_source
 from models.llm import FrozenLLM
 from worker.concatenated import open_all_canaries
+from worker.failures import JobFailed
 
 UNREADABLE = (NotReady, VaultError, ModelError)
 """What a ``StackReader`` says of a set that cannot be read."""
@@ -59,6 +60,25 @@ def unforgotten(context: Context, forgotten: set[bytes]) -> list[Example]:
     """The retain set without the texts of these digests."""
     pairs = zip(context.retain, context.retain_digests, strict=True)
     return [example for example, digest in pairs if digest not in forgotten]
+
+
+def retain_set(context: Context, forgotten: set[bytes], forget: Sequence[Example]) -> list[Example]:
+    """The operator's retain set without any text that was ever to be forgotten (promise 9). Raises JobFailed.
+
+    Nor one that the guard takes for a text of this request: to answer it is not to be taught either.
+    """
+    guarded = {context.vault.gate_digest(example.text) for example in forget}
+    retain = [
+        example for example in unforgotten(context, forgotten) if context.vault.gate_digest(example.text) not in guarded
+    ]
+    texts = len({example.text for example in retain})
+    if texts < context.settings.min_retain_rows:
+        detail = (
+            f"{texts} different texts of the {len(context.retain)} rows of the retain set were never to be "
+            f"forgotten; {context.settings.min_retain_rows} are needed"
+        )
+        raise JobFailed("too-few-retain-rows", detail)
+    return retain
 
 
 def why_unreadable(context: Context) -> str | None:

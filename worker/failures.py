@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from app.errors import LetheonError
+from models.self_tuning import Try
+from models.training import TrainingResult
 
 
 class JobFailed(Exception):
@@ -46,3 +48,12 @@ def last_word(error: Exception) -> JobFailed:
     if isinstance(error, LetheonError):
         return JobFailed("internal", f"{error.code}: {error.detail}")
     return JobFailed("internal", f"training broke off with {type(error).__name__}")
+
+
+def record_of(plan: Try, result: TrainingResult, failed: ChecksFailed) -> dict[str, Any]:
+    """What is kept of a try that failed its checks: for the client, the auditor and the next attempt."""
+    config, metrics = plan.config, failed.metrics
+    knobs = {name: getattr(config, name) for name in ("alpha", "beta", "num_virtual_tokens", "seed")}
+    names = ("forget_abstain", "prompt_abstain", "retain_accuracy", "retain_accuracy_before")
+    figures = {name: metrics[name] for name in names if name in metrics}
+    return {"missed": metrics["missed"], **knobs, **figures, "steps": result.steps, "seconds": round(result.seconds, 1)}

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from app import active_set, job_queue, lifecycle
+from app import active_set, approval, job_queue, lifecycle
 from app.active_set import TrainedGate
 from app.errors import LeaseLost, ModeMismatch, NotReady, StaleActiveSet, VaultError
 from app.lifecycle import CancelRequested, Claim
@@ -18,6 +18,7 @@ from app.settings import Mode
 from app.stack import Stack
 from app.tracebacks import where
 from app.tracing import span
+from models import finished
 from models.canaries import make_canaries
 from models.errors import (
     CheckpointError,
@@ -36,8 +37,8 @@ from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from models.training import TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries
-from worker.context import UNREADABLE, Context, stack_reader, unforgotten
-from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word
+from worker.context import UNREADABLE, Context, retain_set, stack_reader
+from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word, record_of
 from worker.knobs import training_config
 from worker.reporting import Reporter
 from worker.routed import fit_and_check, surroundings, trained_gate
@@ -60,6 +61,7 @@ class Job:
         self.settings = context.settings
         self.reporter = Reporter(context.sessions, claim, cancelled=heartbeat.cancelled)
         self.deadline = float("inf")
+        self.needs_approval = False
         # In mode routed a prompt shares its context with no other; else it is trained behind those in force.
         self.alone = self.settings.mode == Mode.ROUTED
 
@@ -96,6 +98,7 @@ class Job:
         llm = self.context.llm
         if request.fingerprint != llm.fingerprint:
             raise JobFailed("fingerprint-mismatch", "the request was made for another model than this worker serves")
+        self.needs_approval = approval.needed(request)
         texts = self.commit(lambda session: job_queue.open_texts(session, self.context.vault, self.claim))
         forget = [Example(item.text, item.label) for item in texts]
         self.read_stack()  # of another mode or model: better known before the training than after
@@ -119,6 +122,8 @@ class Job:
             if result.stopped == "cancelled":
                 raise Stopped
             self.reporter.flush()
+            if self.needs_approval:
+                self.keep(result, plan.config.seed)
             self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
             self.reporter.phase("evaluating")
             try:
@@ -134,24 +139,7 @@ class Job:
             prompt = result.prompt
 
     def retain_set(self, forget: Sequence[Example]) -> list[Example]:
-        """The operator's retain set without any text that was ever to be forgotten (promise 9). Raises JobFailed.
-
-        Nor one that the guard takes for a text of this request: to answer it is not to be taught either.
-        """
-        guarded = {self.context.vault.gate_digest(example.text) for example in forget}
-        retain = [
-            example
-            for example in unforgotten(self.context, self.commit(active_set.forgotten_digests))
-            if self.context.vault.gate_digest(example.text) not in guarded
-        ]
-        texts = len({example.text for example in retain})
-        if texts < self.settings.min_retain_rows:
-            detail = (
-                f"{texts} different texts of the {len(self.context.retain)} rows of the retain set were never to be "
-                f"forgotten; {self.settings.min_retain_rows} are needed"
-            )
-            raise JobFailed("too-few-retain-rows", detail)
-        return retain
+        return retain_set(self.context, self.commit(active_set.forgotten_digests), forget)
 
     def look_around(self, forget: list[Example], retain: list[Example]) -> Surroundings:
         """What mode ``routed`` needs beside the prompt. Raises JobFailed."""
@@ -176,7 +164,9 @@ class Job:
     def train(
         self, plan: Try, prompt: SoftPrompt | None, forget: list[Example], retain: list[Example]
     ) -> TrainingResult:
-        """Train from the last checkpoint, or from the start where it does not fit. Raises JobFailed.
+        """Train from the last checkpoint, or from the start where it does not fit; not at all where it is of the end.
+
+        Raises JobFailed.
 
         ``prompt``: what the try before ended with, where there was one in this attempt. The deadline is one attempt's:
         what earlier attempts achieved is in the checkpoint.
@@ -184,6 +174,10 @@ class Job:
         stack = () if self.alone else self.read_stack().prompts
         self.check_room(stack, plan.config.num_virtual_tokens)
         stored = self.commit(lambda session: job_queue.load_checkpoint(session, self.context.vault, self.claim))
+        if stored is not None:
+            done = finished.unpack(stored[1], fingerprint=self.context.llm.fingerprint, seed=plan.config.seed)
+            if done is not None:
+                return done
 
         def attempt(resume: bytes | None) -> TrainingResult:
             return train_soft_prompt(
@@ -279,6 +273,10 @@ class Job:
             }
             if not report.passed:
                 raise ChecksFailed("; ".join(report.violations), metrics)
+            if self.needs_approval:
+                digest = result.prompt.digest
+                self.commit(partial(approval.await_approval, claim=self.claim, metrics=metrics, prompt_digest=digest))
+                return "awaiting approval"
             if gate is None:
                 canaries = make_canaries(
                     Classifier(self.context.llm),
@@ -350,6 +348,15 @@ class Job:
         except TRANSIENT as error:
             log.warning("%s: checkpoint not stored (%s)", self.claim.request_id, type(error).__name__)
 
+    def keep(self, result: TrainingResult, seed: int) -> None:
+        """Store a training that is done as the checkpoint: what is approved later is this prompt. Raises LeaseLost."""
+        data = finished.pack(result, seed=seed)
+        self.commit(
+            lambda session: job_queue.save_checkpoint(
+                session, self.context.vault, self.claim, step=result.steps, data=data
+            )
+        )
+
     def should_stop(self) -> bool:
         return self.context.stop.is_set() or self.heartbeat.cancelled.is_set() or self.heartbeat.lost.is_set()
 
@@ -386,12 +393,3 @@ class Job:
                     raise
                 log.warning("%s: database away, trying again (%s)", self.claim.request_id, type(error).__name__)
             self.heartbeat.lost.wait(RETRY_SECONDS)
-
-
-def record_of(plan: Try, result: TrainingResult, failed: ChecksFailed) -> dict[str, Any]:
-    """What is kept of a try that failed its checks: for the client, the auditor and the next attempt."""
-    config, metrics = plan.config, failed.metrics
-    knobs = {name: getattr(config, name) for name in ("alpha", "beta", "num_virtual_tokens", "seed")}
-    names = ("forget_abstain", "prompt_abstain", "retain_accuracy", "retain_accuracy_before")
-    figures = {name: metrics[name] for name in names if name in metrics}
-    return {"missed": metrics["missed"], **knobs, **figures, "steps": result.steps, "seconds": round(result.seconds, 1)}

@@ -66,6 +66,7 @@ def run(settings: Settings) -> int:
         ring_seconds=settings.ring_seconds,
         max_attempts=settings.max_attempts,
         on_death=on_death,
+        idempotency_hours=settings.idempotency_hours,
     )
 
     deliveries = Deliveries(context.sessions, context.vault, settings, on_death=on_death)

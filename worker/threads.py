@@ -16,7 +16,7 @@ from types import TracebackType
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, job_queue
+from app import db, expiry, idempotency, job_queue
 from app.errors import LeaseLost
 from app.lifecycle import Claim
 from app.tracebacks import where
@@ -155,7 +155,7 @@ class Trainer(_Service):
 
 
 class Reaper(_Service):
-    """Reclaims expired leases, then rings for what waits."""
+    """Reclaims expired leases, rings for what waits, then ends what has run out."""
 
     def __init__(
         self,
@@ -166,8 +166,10 @@ class Reaper(_Service):
         ring_seconds: float,
         max_attempts: int,
         on_death: Callable[[], None],
+        idempotency_hours: float = 24.0,
     ) -> None:
         super().__init__("reaper", every=every, on_death=on_death)
+        self._idempotency_hours = idempotency_hours
         self._sessions = sessions
         self._announce = announce
         self._ring_seconds = ring_seconds
@@ -182,3 +184,12 @@ class Reaper(_Service):
             due = job_queue.ring_due(session, ring_seconds=self._ring_seconds)
         for request_id in due:  # after the commit: a message must never be ahead of its row
             self._announce(request_id)
+        with self._sessions() as session:
+            expired = expiry.due(session)
+        for request_id in expired:
+            with self._sessions.begin() as session:
+                ended = expiry.expire(session, request_id)
+            if ended:
+                log.info("%s: expired", request_id)
+        with self._sessions.begin() as session:
+            idempotency.forget_old(session, hours=self._idempotency_hours)

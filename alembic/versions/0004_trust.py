@@ -25,12 +25,14 @@ def upgrade() -> None:
     with op.batch_alter_table("unlearn_requests") as batch:
         batch.add_column(sa.Column("shred_at", TIME, nullable=True))
         batch.add_column(sa.Column("set_digest", sa.LargeBinary(length=32), nullable=True))
+        batch.add_column(sa.Column("received_at", TIME, nullable=True))
         batch.add_column(sa.Column("due_at", TIME, nullable=True))
         batch.add_column(sa.Column("expires_at", TIME, nullable=True))
         batch.add_column(sa.Column("approval_required", sa.Boolean(), nullable=False, server_default=sa.false()))
         batch.add_column(sa.Column("approved_by", sa.String(length=40), nullable=True))
         batch.add_column(sa.Column("approved_at", TIME, nullable=True))
         batch.create_index("ix_unlearn_requests_api_key_id_id", ["api_key_id", "id"])
+        batch.create_index("ix_unlearn_requests_set_digest", ["set_digest"])
     with op.batch_alter_table("prompts") as batch:
         batch.add_column(sa.Column("revoke_code", sa.String(length=30), nullable=True))
         batch.add_column(sa.Column("revoke_asked_by", sa.String(length=40), nullable=True))
@@ -127,9 +129,11 @@ def downgrade() -> None:
             batch.drop_column(column)
     with op.batch_alter_table("unlearn_requests") as batch:
         batch.drop_index("ix_unlearn_requests_api_key_id_id")
+        batch.drop_index("ix_unlearn_requests_set_digest")
         for column in (
             "shred_at",
             "set_digest",
+            "received_at",
             "due_at",
             "expires_at",
             "approval_required",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 
-from app import active_set, set_history
+from app import active_set, revoking, set_history
 from app.auth import AdminCaller
 from app.deps import Cursor, Limit, PromptId, ServiceDep
 from app.errors import (
@@ -51,14 +51,43 @@ def get_prompt(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) ->
 @router.post(
     "/admin/prompts/{prompt_id}/revoke",
     response_model=RevokedOut,
-    responses=problems(MalformedBody, NotFound, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
+    responses={
+        202: {"model": RevokedOut, "description": "Asked for; another admin's key has to agree."},
+        **problems(MalformedBody, NotFound, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
+    },
 )
-def revoke_prompt(caller: AdminCaller, prompt_id: PromptId, body: RevokeIn, service: ServiceDep) -> Any:
-    """Take a prompt out of force, on every replica: a classification that starts after this answer goes without it."""
+def revoke_prompt(
+    caller: AdminCaller, prompt_id: PromptId, body: RevokeIn, service: ServiceDep, response: Response
+) -> Any:
+    """Take a prompt out of force, on every replica: a classification that starts after this answer goes without it.
+
+    Where two persons are needed (`LETHEON_REVOKE_NEEDS_TWO`) the first call is answered 202 and changes nothing yet;
+    the same call with another admin's key carries it out.
+    """
     with service.sessions.begin() as session:
-        prompt = active_set.revoke_prompt(session, prompt_id, actor=caller.key_id, reason=body.reason)
+        prompt, done = revoking.revoke(
+            session,
+            prompt_id,
+            actor=caller.key_id,
+            code=body.code,
+            reason=body.reason,
+            needs_two=service.settings.revoke_needs_two,
+        )
         found = PromptOut.model_validate(prompt).model_dump()
-        return {**found, "active_set_version": active_set.read_active_set(session).version}
+        version = active_set.read_active_set(session).version
+    response.status_code = 200 if done else 202
+    return {**found, "active_set_version": version}
+
+
+@router.post(
+    "/admin/prompts/{prompt_id}/revoke/withdraw",
+    response_model=PromptOut,
+    responses=problems(NotFound, Conflict),
+)
+def withdraw_revoke(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) -> Any:
+    """Take back a revoke that was asked for and that nobody has agreed to; any admin may."""
+    with service.sessions.begin() as session:
+        return revoking.withdraw(session, prompt_id, actor=caller.key_id)
 
 
 Version = Annotated[int, Path(ge=0, le=2**31 - 1, description="Of the active set.")]
@@ -93,9 +122,12 @@ def restore_active_set(caller: AdminCaller, version: Version, body: RestoreIn, s
     """Put an earlier set in force, on every replica, as a new version with the old one's digest.
 
     Prompts that came since are suspended: they can come back the same way, until they are revoked. A set that holds a
-    prompt which was revoked since cannot be restored: that prompt is gone.
+    prompt which was revoked since cannot be restored: that prompt is gone. Where a revoke needs two persons, one
+    cannot restore a set that lacks prompts which are in force.
     """
     with service.sessions.begin() as session:
+        if service.settings.revoke_needs_two:
+            revoking.refuse_unforgetting(session, version)
         view = active_set.restore(
             session,
             version,

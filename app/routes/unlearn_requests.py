@@ -9,8 +9,10 @@ import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
-from app import lifecycle
+from app import idempotency, lifecycle, terms
 from app.auth import RequestsCaller
 from app.broker import enqueue_training
 from app.deps import Cursor, Limit, RequestId, Service, ServiceDep
@@ -19,6 +21,8 @@ from app.errors import (
     BodyTooLarge,
     Conflict,
     Forbidden,
+    IdempotencyInFlight,
+    IdempotencyMismatch,
     InvalidInput,
     MalformedBody,
     NotFound,
@@ -29,7 +33,7 @@ from app.lifecycle import ForgetText
 from app.limits import check_count, check_texts
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
-from app.tables import LIVE, RequestEvent, RequestState
+from app.tables import LIVE, RequestEvent, RequestState, utcnow
 
 router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, InvalidInput))
 
@@ -39,19 +43,65 @@ EVENT_PAGE = 500
 _GOES_ON = frozenset(LIVE) - {RequestState.ACTIVE}
 
 
+_TRUE = {"description": "`true`, or absent.", "schema": {"type": "string"}}
+_HEADERS = {
+    "Location": {"description": "The request's address.", "schema": {"type": "string"}},
+    "Idempotency-Replayed": _TRUE,
+}
+
+
+def _visible(key: str) -> str:
+    if not 1 <= len(key) <= 255 or not all("!" <= character <= "~" for character in key):
+        raise PydanticCustomError("idempotency_key", "must have 1 to 255 visible ASCII characters")
+    return key
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    AfterValidator(lambda key: None if key is None else _visible(key)),
+    Header(
+        alias="Idempotency-Key",
+        description="1 to 255 visible ASCII characters of the client's choice, new for every request. The same call "
+        "with the same key leads to the same request (`Idempotency-Replayed: true`), for 24 hours by default.",
+    ),
+]
+
+
 @router.post(
     "/unlearn-requests",
     status_code=202,
     response_model=UnlearnRequestOut,
     responses={
-        202: {"headers": {"Location": {"description": "The request's address.", "schema": {"type": "string"}}}},
-        **problems(MalformedBody, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
+        202: {"headers": _HEADERS},
+        200: {
+            "model": UnlearnRequestOut,
+            "description": "This API key's request for the same texts is live: here it is, and no other was made.",
+            "headers": {**_HEADERS, "Letheon-Duplicate": _TRUE},
+        },
+        **problems(
+            MalformedBody,
+            BodyTimeout,
+            BodyTooLarge,
+            Overloaded,
+            UnsupportedMediaType,
+            InvalidInput,
+            IdempotencyMismatch,
+            IdempotencyInFlight,
+        ),
     },
 )
 def create_unlearn_request(
-    body: UnlearnRequestIn, caller: RequestsCaller, service: ServiceDep, response: Response
+    body: UnlearnRequestIn,
+    caller: RequestsCaller,
+    service: ServiceDep,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
 ) -> Any:
-    """Ask to forget texts. 202: the request is stored and will be trained, whatever breaks meanwhile."""
+    """Ask to forget texts. 202: the request is stored and will be trained, whatever breaks meanwhile.
+
+    200 with `Letheon-Duplicate: true`: this API key has a live request for the same texts, labels, options, approval
+    and expiry, and here it is.
+    """
     check_count("forget_texts", len(body.forget_texts), service.settings.max_forget_texts)
     check_texts(
         service.serving,
@@ -59,19 +109,58 @@ def create_unlearn_request(
         labels=[(f"forget_texts[{i}].label", item.label) for i, item in enumerate(body.forget_texts)],
     )
     texts = list(dict.fromkeys(ForgetText(item.text, item.label) for item in body.forget_texts))
-    with service.sessions.begin() as session:
-        row = lifecycle.create_request(
-            session,
-            service.vault,
-            texts=texts,
-            reason=body.reason,
-            options=body.options.model_dump(exclude_none=True) if body.options else {},
-            fingerprint=service.serving.llm.fingerprint,
-            api_key_id=caller.key_id,
+    options = body.options.model_dump(exclude_none=True) if body.options else {}
+    fingerprint, now = service.serving.llm.fingerprint, utcnow()
+    call = None
+    if idempotency_key is not None:
+        call = idempotency.name_call(
+            service.vault, api_key_id=caller.key_id, key=idempotency_key, body=body.model_dump(mode="json")
         )
-    # Committed. A broker that is down costs seconds, not the request: the worker's reaper rings again.
-    enqueue_training(service.celery, row.id, expires=service.settings.ring_seconds)
+    with service.sessions.begin() as session:
+        answered = idempotency.first_answer(session, call) if call else None
+        if answered is not None:
+            row, duplicate = answered
+        else:
+            agreed = terms.agree(
+                received_at=body.received_at,
+                expires_at=body.expires_at,
+                approval_required=body.require_approval or service.settings.require_approval,
+                months=service.settings.deadline_months,
+                now=now,
+            )
+            digest = idempotency.set_digest(
+                service.vault,
+                api_key_id=caller.key_id,
+                texts=texts,
+                options=options,
+                fingerprint=fingerprint,
+                terms=agreed,
+            )
+            live = idempotency.find_live(session, api_key_id=caller.key_id, digest=digest)
+            duplicate = live is not None
+            row = live or lifecycle.create_request(
+                session,
+                service.vault,
+                texts=texts,
+                reason=body.reason,
+                options=options,
+                fingerprint=fingerprint,
+                api_key_id=caller.key_id,
+                terms=agreed,
+                set_digest=digest,
+                now=now,
+            )
+            if call:
+                idempotency.remember(session, call, row, now=now)
+    if answered is None and not duplicate:
+        # Committed. A broker that is down costs seconds, not the request: the worker's reaper rings again.
+        enqueue_training(service.celery, row.id, expires=service.settings.ring_seconds)
     response.headers["Location"] = f"/unlearn-requests/{row.id}"
+    if answered is not None:
+        response.headers["Idempotency-Replayed"] = "true"
+    if duplicate:
+        response.status_code = 200
+        response.headers["Letheon-Duplicate"] = "true"
     return row
 
 

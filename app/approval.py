@@ -1,0 +1,60 @@
+"""A second person's agreement: what is trained and checked waits for another API key than the one that asked.
+
+While a request waits its texts and the finished training stay sealed under its key. Approved, it is ``pending`` again:
+a worker takes up what was trained, checks it on the set as it is by then, and activates it. Nothing here commits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.errors import Conflict, SameKey
+from app.lifecycle import CancelRequested, Claim, end_failed, hold, lock_request, move
+from app.tables import RequestState, UnlearnRequest, utcnow
+
+
+def needed(request: UnlearnRequest) -> bool:
+    """Whether somebody else has to agree before this request comes into force, and nobody has yet."""
+    return request.approval_required and request.approved_at is None
+
+
+def await_approval(session: Session, claim: Claim, *, metrics: dict[str, Any], prompt_digest: str) -> None:
+    """The checks passed: let go of the request until it is decided on. Raises LeaseLost, CancelRequested, Conflict."""
+    request = hold(session, claim)
+    if request.cancel_requested:
+        raise CancelRequested("the request was cancelled before its approval", request_id=request.id)
+    if not needed(request):
+        raise Conflict("the request needs no approval", request_id=request.id)
+    request.metrics = metrics
+    detail = {"prompt_digest": prompt_digest}
+    move(session, request, RequestState.AWAITING_APPROVAL, actor=claim.owner, detail=detail)
+
+
+def approve(session: Session, request_id: str, *, actor: str) -> UnlearnRequest:
+    """Agree; the caller rings for a worker after the commit. Raises NotFound, SameKey, Conflict."""
+    request = _undecided(session, request_id, actor)
+    now = utcnow()
+    request.approved_by, request.approved_at = actor[:40], now
+    # What the training took is no fault of what follows; the claim's unique owner fences off whoever held it before.
+    request.attempt = 0
+    request.rung_at = None
+    move(session, request, RequestState.PENDING, actor=actor, detail={"why": "approved"}, now=now)
+    return request
+
+
+def reject(session: Session, request_id: str, *, actor: str, reason: str) -> UnlearnRequest:
+    """End it as failed, its texts destroyed; the reason stays on its row. Raises NotFound, SameKey, Conflict."""
+    request = _undecided(session, request_id, actor)
+    end_failed(session, request, actor=actor, code="rejected", detail=reason)
+    return request
+
+
+def _undecided(session: Session, request_id: str, actor: str) -> UnlearnRequest:
+    request = lock_request(session, request_id)
+    if request.api_key_id == actor:
+        raise SameKey("the key that asked for this cannot decide on it: that takes another person's")
+    if request.state != RequestState.AWAITING_APPROVAL:
+        raise Conflict(f"the request is {request.state}, it does not wait for an approval", state=request.state)
+    return request
