@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format serve clean
+.PHONY: help venv demo test check audit format serve clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: venv ## Lint, format, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: venv ## Look for known vulnerabilities in what is installed; write var/sbom.json
+	$(BIN)/python .ci/audit.py
 
 format: venv ## Let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.concurrency import run_in_threadpool
@@ -28,13 +29,27 @@ class Caller:
 
     key_id: str
     scopes: frozenset[str]
+    limits: Mapping[str, int]  # the key's own, before the settings'
+
+    def may(self, *scopes: str) -> bool:
+        """Whether the key has one of these."""
+        return not self.scopes.isdisjoint(scopes)
 
     def require(self, scope: str) -> None:
         """Raises Forbidden."""
         keys.require(self.scopes, scope)
 
+    def require_any(self, scopes: Sequence[str]) -> None:
+        """Raises Forbidden."""
+        keys.require(self.scopes, *scopes)
+
+    def owner(self, *unless: str) -> str | None:
+        """What queries for requests are narrowed to: the caller's own, unless it has one of these scopes."""
+        return None if self.may(*unless) else self.key_id
+
 
 _CALLER = "letheon.caller"  # of a scope
+UNCOUNTED = "/classify"  # has a limit of its own, on texts
 
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -48,43 +63,72 @@ def presented_key(credentials: HTTPAuthorizationCredentials | None) -> str:
 
 
 def admit(scope: Scope) -> None:
-    """Before a body is read, whoever sends it: the key in the headers, for ``authorize``. Raises Unauthenticated."""
+    """Before a body is read, whoever sends it: the key in the headers, for ``authorize``.
+
+    Raises Unauthenticated, RateLimited.
+    """
     scheme, key = get_authorization_scheme_param(Headers(scope=scope).get("authorization"))
     credentials = HTTPAuthorizationCredentials(scheme=scheme, credentials=key) if scheme.lower() == "bearer" else None
-    scope[_CALLER] = _caller(scope["app"].state.service, presented_key(credentials))
+    _caller(scope["app"].state.service, presented_key(credentials), scope)
 
 
-def _caller(service: Service, presented: str) -> Caller:
+def _caller(service: Service, presented: str, scope: Scope) -> Caller:
     with service.sessions() as session:
         key = keys.authenticate(session, presented)
-        return Caller(key.id, frozenset(key.scopes))
+        caller = Caller(key.id, frozenset(key.scopes), key.limits or {})
+    service.key_uses.note(caller.key_id)
+    # Only once the key is known to be good: nobody else may use up what it is allowed.
+    if scope["path"].removeprefix(scope.get("root_path", "")) != UNCOUNTED:
+        service.rates.take_call(caller.key_id, caller.limits)
+    scope[_CALLER] = caller  # a call is counted once
+    return caller
 
 
 async def authorize(
-    required: SecurityScopes,
+    any_of: SecurityScopes,
     credentials: Credentials,
     service: ServiceDep,
     request: Request,
 ) -> Caller:
-    """The caller behind the presented key. Raises Unauthenticated, Forbidden."""
+    """The caller behind the presented key, which has one of the scopes. Raises Unauthenticated, RateLimited, Forbidden.
+
+    FastAPI adds up the scopes of nested dependencies: a dependency that asks for this one must not name more of them.
+    """
     caller: Caller | None = request.scope.get(_CALLER)
     if caller is None:
-        caller = await run_in_threadpool(_caller, service, presented_key(credentials))
-    for scope in required.scopes:
-        caller.require(scope)
+        caller = await run_in_threadpool(_caller, service, presented_key(credentials), request.scope)
+    caller.require_any(any_of.scopes)
     return caller
 
 
+READS_ALL = ("admin", "auditor", "approve")
+"""Scopes that see the requests of every key."""
+
 RequestsCaller = Annotated[Caller, Security(authorize, scopes=["requests"])]
-ApproveCaller = Annotated[Caller, Security(authorize, scopes=["approve"])]
+ReaderCaller = Annotated[Caller, Security(authorize, scopes=["requests", *READS_ALL])]
+CancellingCaller = Annotated[Caller, Security(authorize, scopes=["requests", "admin"])]
+ApproverCaller = Annotated[Caller, Security(authorize, scopes=["approve"])]
 ClassifyCaller = Annotated[Caller, Security(authorize, scopes=["classify"])]
+AuditorCaller = Annotated[Caller, Security(authorize, scopes=["auditor", "admin"])]
 AdminCaller = Annotated[Caller, Security(authorize, scopes=["admin"])]
+
+
+def describe_scopes(document: dict[str, Any]) -> None:
+    """Say in an OpenAPI document that one of an operation's scopes is enough: as alternatives, and in words."""
+    for operation in (found for item in document["paths"].values() for found in item.values()):
+        required = [pair for way in operation.get("security", []) for pair in way.items()]
+        ways = [(name, scope) for name, scopes in required for scope in scopes]
+        if ways:
+            operation["security"] = [{name: [scope]} for name, scope in ways]
+            names = " or ".join(f"`{scope}`" for _, scope in ways)
+            operation["description"] = f"{operation.get('description', '')}\n\nScope: {names}.".strip()
 
 
 def create_first_key(sessions: sessionmaker[Session]) -> str | None:
     """The plaintext of a new key with every scope when the database has no key in force, else None."""
 
     def in_force(session: Session) -> int:
+        # Expired ones count: no key with every scope comes about because time has passed.
         return sum(key.revoked_at is None for key in keys.list_keys(session))
 
     with sessions() as session:

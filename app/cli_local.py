@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,7 +17,7 @@ from app.cli_output import CommandGroup, JsonOption, bar, byte_bar, emit, note, 
 from app.defaults import resolve_model
 from app.errors import InvalidInput
 from app.settings import Settings, get_settings
-from app.tables import ApiKey
+from app.tables import ApiKey, utcnow
 
 model = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="The demo model.")
 data = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="The demo reviews.")
@@ -85,11 +87,28 @@ def keys_create(
         list[str] | None,
         typer.Option(help=f"One of {', '.join(keys.SCOPES)}; repeatable. Default: requests, classify."),
     ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option(help="In so many days, such as 90d, or on a date (from its beginning, UTC). Default: never."),
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help=f"NAME=NUMBER before the settings', 0 for none; repeatable. {', '.join(keys.LIMITS)}."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key. It is printed once, on stdout; only a digest is kept."""
+    expires_at = parse_expiry(expires, utcnow()) if expires is not None else None
+    limits = parse_limits(limit or [])
     with local_session(get_settings()) as session:
-        key, plaintext = keys.create_key(session, name=name, scopes=scope or ["requests", "classify"], actor="cli")
+        key, plaintext = keys.create_key(
+            session,
+            name=name,
+            scopes=scope or ["requests", "classify"],
+            actor="cli",
+            expires_at=expires_at,
+            limits=limits,
+        )
         made = _key_row(key)
     if as_json:
         emit(made | {"key": plaintext})
@@ -106,11 +125,20 @@ def keys_list(as_json: JsonOption = False) -> None:
     if as_json:
         emit({"items": rows})
     else:
+        times = ("created_at", "last_used_at", "expires_at", "revoked_at")
         cells = [
-            (r["id"], r["name"], ", ".join(r["scopes"]), r["created_at"][:19], (r["revoked_at"] or "")[:19])
+            (
+                r["id"],
+                r["name"],
+                ", ".join(r["scopes"]),
+                *((r[at] or "")[:19] for at in times),
+                ", ".join(f"{name}={value}" for name, value in r["limits"].items()),
+            )
             for r in rows
         ]
-        print_table(("id", "name", "scopes", "created (UTC)", "revoked (UTC)"), cells)
+        print_table(
+            ("id", "name", "scopes", "created (UTC)", "last used", "expires", "revoked", "limits of its own"), cells
+        )
 
 
 @keys_app.command("revoke")
@@ -129,9 +157,36 @@ def _key_row(key: ApiKey) -> dict[str, Any]:
         "id": key.id,
         "name": key.name,
         "scopes": list(key.scopes),
+        "limits": key.limits or {},
         "created_at": key.created_at.isoformat(),
+        "last_used_at": key.last_used_at.isoformat() if key.last_used_at else None,
+        "expires_at": key.expires_at.isoformat() if key.expires_at else None,
         "revoked_at": key.revoked_at.isoformat() if key.revoked_at else None,
     }
+
+
+def parse_expiry(value: str, now: datetime) -> datetime:
+    """``90d`` or an ISO date or time; without a zone it is UTC. Raises InvalidInput."""
+    try:
+        if re.fullmatch(r"[0-9]{1,4}d", value):
+            return now + timedelta(days=int(value[:-1]))
+        at = datetime.fromisoformat(value)
+        return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidInput(
+            "--expires takes days, such as 90d, or a date, such as 2027-01-31", field="expires"
+        ) from None
+
+
+def parse_limits(pairs: Sequence[str]) -> dict[str, int]:
+    """``["requests_per_day=5"]``; the floor checks names and bounds. Raises InvalidInput."""
+    limits = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (equals and re.fullmatch(r"[0-9]{1,12}", value)) or name in limits:
+            raise InvalidInput("--limit takes name=number, such as requests_per_day=5, each name once", field="limit")
+        limits[name] = int(value)
+    return limits
 
 
 def finetune(

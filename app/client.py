@@ -173,7 +173,7 @@ class Client:
                 if request["state"] in FINAL_STATES:
                     return request
             except (Unreachable, ApiError) as error:
-                if isinstance(error, ApiError) and error.status_code < 500:
+                if isinstance(error, ApiError) and error.status_code < 500 and error.status_code != 429:
                     raise
                 lost_since = lost_since if lost_since is not None else time.monotonic()
                 if time.monotonic() - lost_since > give_up_seconds:
@@ -269,7 +269,7 @@ class Client:
             try:
                 return self._call(method, path, **arguments)
             except ApiError as error:
-                if error.problem_code != "overloaded" or attempt == _BUSY_TRIES - 1:
+                if error.problem_code not in ("overloaded", "rate-limited") or attempt == _BUSY_TRIES - 1:
                     raise
                 time.sleep(min(error.retry_after or 1.0, 30.0))
         raise AssertionError("unreachable")

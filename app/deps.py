@@ -17,7 +17,9 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.errors import NotFound
+from app.key_uses import KeyUses
 from app.metrics import Metrics
+from app.rate_limits import RateLimits
 from app.scrape import Scrapes
 from app.serving import Serving
 from app.settings import Settings
@@ -36,6 +38,8 @@ class Service:
     serving: Serving
     metrics: Metrics
     scrapes: Scrapes
+    rates: RateLimits
+    key_uses: KeyUses
     stopping: asyncio.Event  # set when the server begins to shut down: event streams end
 
 

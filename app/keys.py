@@ -6,9 +6,11 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from app import audit, db
@@ -19,40 +21,92 @@ SCOPES = ("requests", "classify", "scores", "approve", "auditor", "admin", "metr
 """``requests``: one's own. ``approve``: agree to what another key asked for. ``auditor``: read everything but texts.
 ``admin``: all of it, and revoke, which un-forgets."""
 
+LIMITS = ("rate_per_minute", "classify_texts_per_minute", "requests_per_day", "texts_per_day", "active_prompts")
+"""Settings that a key may have its own value of."""
+MAX_LIMIT = 2**31 - 1
+
 _PRESENTED = re.compile(r"lth_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _NO_DIGEST = bytes(32)  # compared with when the id is unknown, so that this takes as long as a wrong secret
 
 
-def create_key(session: Session, *, name: str, scopes: Sequence[str], actor: str) -> tuple[ApiKey, str]:
+def create_key(
+    session: Session,
+    *,
+    name: str,
+    scopes: Sequence[str],
+    actor: str,
+    expires_at: datetime | None = None,
+    limits: Mapping[str, int] | None = None,
+    now: datetime | None = None,
+) -> tuple[ApiKey, str]:
     """A new key and its plaintext, which exists only in this return value. Raises InvalidInput."""
+    now = now or utcnow()
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         raise InvalidInput("scopes must be one or more of " + ", ".join(SCOPES), field="scopes")
     if not name.strip() or len(name) > 100:
         raise InvalidInput("name must have 1 to 100 characters", field="name")
+    if expires_at is not None and expires_at <= now:
+        raise InvalidInput("expires must be in the future", field="expires")
+    for limit, value in (limits or {}).items():
+        if limit not in LIMITS:
+            raise InvalidInput("a limit is one of " + ", ".join(LIMITS), field="limit")
+        if not 0 <= value <= MAX_LIMIT:
+            raise InvalidInput(f"{limit} must be 0 (none) to {MAX_LIMIT}", field="limit")
     suffix, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     ordered = [scope for scope in SCOPES if scope in scopes]
-    key = ApiKey(id=f"key_{suffix}", name=name, scopes=ordered, digest=secret_digest(secret), created_at=utcnow())
+    key = ApiKey(
+        id=f"key_{suffix}",
+        name=name,
+        scopes=ordered,
+        digest=secret_digest(secret),
+        limits=dict(limits) if limits else None,
+        created_at=now,
+        expires_at=expires_at,
+    )
     session.add(key)
     session.flush()
-    audit.append(session, actor=actor, action="key.created", subject=key.id, detail={"scopes": ordered})
+    detail: dict[str, Any] = {"scopes": ordered}
+    if expires_at is not None:
+        detail["expires_at"] = expires_at.isoformat()
+    if limits:
+        detail["limits"] = dict(limits)
+    audit.append(session, actor=actor, action="key.created", subject=key.id, detail=detail)
     return key, f"lth_{suffix}_{secret}"
 
 
-def authenticate(session: Session, presented: str) -> ApiKey:
+def authenticate(session: Session, presented: str, *, now: datetime | None = None) -> ApiKey:
     """The key that was presented. Raises Unauthenticated, with one message for every cause."""
     match = _PRESENTED.fullmatch(presented)
     key = session.get(ApiKey, f"key_{match[1]}", populate_existing=True) if match else None
     same = hmac.compare_digest(secret_digest(match[2] if match else ""), key.digest if key else _NO_DIGEST)
-    if key is None or not same or key.revoked_at is not None:
-        raise Unauthenticated("the API key is unknown, wrong or revoked")
+    # Last: whatever is wrong with a key, its secret has been compared.
+    if key is None or not same or key.revoked_at is not None or has_expired(key, now or utcnow()):
+        raise Unauthenticated("the API key is unknown, wrong, expired or revoked")
     return key
 
 
-def require(scopes: Collection[str], scope: str) -> None:
+def has_expired(key: ApiKey, now: datetime) -> bool:
+    return key.expires_at is not None and key.expires_at <= now
+
+
+def require(held: Collection[str], *any_of: str) -> None:
     """Raises Forbidden."""
-    if scope not in scopes:
-        raise Forbidden(f"this needs an API key with the scope '{scope}'", scope=scope)
+    if not any(scope in held for scope in any_of):
+        one = "the scope" if len(any_of) == 1 else "one of the scopes"
+        names = ", ".join(f"'{scope}'" for scope in any_of)
+        raise Forbidden(f"this needs an API key with {one} {names}", scope=any_of[0], scopes=list(any_of))
+
+
+def note_uses(session: Session, uses: Mapping[str, datetime]) -> None:
+    """When keys were last used, as far as that is later than what is known."""
+    for key_id, at in sorted(uses.items()):  # in one order, so that two replicas cannot wait for each other
+        session.execute(
+            update(ApiKey)
+            .where(ApiKey.id == key_id, or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < at))
+            .values(last_used_at=at)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def list_keys(session: Session) -> list[ApiKey]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from app import audit, db, webhook_queue
@@ -140,19 +140,21 @@ def create_request(
     return request
 
 
-def get_request(session: Session, request_id: str) -> UnlearnRequest:
-    """Raises NotFound."""
-    request = session.get(UnlearnRequest, request_id, populate_existing=True)
-    if request is None:
-        raise NotFound("no such unlearn request")
-    return request
+def get_request(session: Session, request_id: str, *, owner: str | None = None) -> UnlearnRequest:
+    """With ``owner``, only what this API key asked for is there. Raises NotFound."""
+    return _the_one(session, select(UnlearnRequest).where(*_is(request_id, owner)))
 
 
 def list_requests(
-    session: Session, *, limit: int, cursor: str | None = None, state: str | None = None
+    session: Session, *, limit: int, cursor: str | None = None, state: str | None = None, owner: str | None = None
 ) -> tuple[list[UnlearnRequest], str | None]:
-    """One page, newest first, and the cursor of the next. Raises InvalidInput for an unknown state or cursor."""
+    """One page, newest first, and the cursor of the next; with ``owner``, of what this API key asked for.
+
+    Raises InvalidInput for an unknown state or cursor.
+    """
     query = select(UnlearnRequest).order_by(UnlearnRequest.id.desc()).limit(limit + 1)
+    if owner is not None:
+        query = query.where(UnlearnRequest.api_key_id == owner)
     if state is not None:
         if state not in list(RequestState):
             raise InvalidInput("state is not one of " + ", ".join(RequestState), field="state")
@@ -175,9 +177,9 @@ def list_events(session: Session, request_id: str, *, after: int = 0, limit: int
     return list(session.scalars(query))
 
 
-def request_cancel(session: Session, request_id: str, *, actor: str) -> UnlearnRequest:
+def request_cancel(session: Session, request_id: str, *, actor: str, owner: str | None = None) -> UnlearnRequest:
     """Cancel a request that waits at once; ask the worker to stop a running one. Raises NotFound, Conflict."""
-    request = lock_request(session, request_id)
+    request = lock_request(session, request_id, owner=owner)
     state = RequestState(request.state)
     if state in (RequestState.PENDING, RequestState.AWAITING_APPROVAL):
         move(session, request, RequestState.CANCELLED, actor=actor)
@@ -243,10 +245,19 @@ def release(session: Session, claim: Claim) -> None:
 # --- what the other floor modules build on -------------------------------------------------------------------------
 
 
-def lock_request(session: Session, request_id: str) -> UnlearnRequest:
-    """The request as it is now, locked until the transaction ends. Raises NotFound."""
+def lock_request(session: Session, request_id: str, *, owner: str | None = None) -> UnlearnRequest:
+    """The request as it is now, locked until the transaction ends; ``owner`` as in ``get_request``. Raises NotFound."""
     db.begin_write(session)
-    query = select(UnlearnRequest).where(UnlearnRequest.id == request_id).with_for_update()
+    return _the_one(session, select(UnlearnRequest).where(*_is(request_id, owner)).with_for_update())
+
+
+def _is(request_id: str, owner: str | None) -> tuple[Any, ...]:
+    # Part of the query, so that another's request is looked for, and not found, exactly as one that does not exist.
+    mine = () if owner is None else (UnlearnRequest.api_key_id == owner,)
+    return (UnlearnRequest.id == request_id, *mine)
+
+
+def _the_one(session: Session, query: Select[UnlearnRequest]) -> UnlearnRequest:
     request = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
     if request is None:
         raise NotFound("no such unlearn request")

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.problems import MAX_ERRORS, invalid
+from app.schemas import TrainingOptions
 from app.serving import Encoded, Serving
+from app.settings import Settings
 
 _CHARACTERS_PER_TOKEN = 64
 """Far above what any text reaches; saves tokenising megabytes only to refuse them."""
@@ -16,6 +18,13 @@ def check_count(field: str, count: int, limit: int) -> None:
     """Raises InvalidInput when there are more than ``limit``."""
     if count > limit:
         raise invalid([{"field": field, "message": f"has {count} items, the limit is {limit}", "limit": limit}])
+
+
+def check_steps(settings: Settings, options: TrainingOptions | None) -> None:
+    """Raises InvalidInput when a request asks for more training steps than the server takes."""
+    limit = settings.max_training_steps
+    if options is not None and options.max_steps is not None and options.max_steps > limit:
+        raise invalid([{"field": "options.max_steps", "message": f"must be at most {limit}", "limit": limit}])
 
 
 def check_texts(

@@ -16,17 +16,21 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse
 
 from app import active_set, db, problems, tracing
-from app.auth import admit, create_first_key
+from app.auth import admit, create_first_key, describe_scopes
 from app.broker import make_celery
 from app.defaults import load_arguments
 from app.deps import Service
 from app.errors import LetheonError
+from app.key_uses import KeyUses
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
-from app.routes import admin, approvals, classify, health, metrics, unlearn_requests, webhooks
+from app.rate_limits import RateLimits
+from app.routes import admin, approvals, classify, docs, health, metrics, unlearn_requests, webhooks
 from app.scrape import Scrapes
+from app.security_headers import SecurityHeaders
 from app.serving import Serving
 from app.settings import Settings
+from app.tables import ApiKey
 from app.vault import Vault
 from models.errors import ModelError
 from models.llm import FrozenLLM
@@ -54,10 +58,13 @@ class ModelFailed(LetheonError):
 
 
 class LetheonAPI(FastAPI):
-    """FastAPI, with the problem object in the OpenAPI document."""
+    """FastAPI, with the problem object and what scopes mean in the OpenAPI document."""
 
     def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is not None:
+            return self.openapi_schema
         schema = super().openapi()
+        describe_scopes(schema)
         models = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= {**models.pop("$defs"), "Problem": models}
         return schema
@@ -89,6 +96,8 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         version="0.1.0",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # app.routes.docs has them without another host's scripts
+        redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
         telemetry=SILENT,
     )
@@ -101,8 +110,9 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         max_held=settings.max_held_body_bytes,
         seconds=settings.body_seconds,
     )
-    app.add_middleware(RequestContext, metrics=counts)  # added last, so outermost
-    for module in (unlearn_requests, approvals, webhooks, classify, admin, health, metrics):
+    app.add_middleware(RequestContext, metrics=counts)
+    app.add_middleware(SecurityHeaders)  # added last, so outermost
+    for module in (unlearn_requests, approvals, webhooks, classify, admin, health, metrics, docs):
         app.include_router(module.router)
     return app
 
@@ -125,13 +135,32 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
     serving = Serving(model, sessions, vault, settings, counts)
     stack.callback(serving.close)
-    scrapes = Scrapes(counts, sessions, serving.check)
+    rates, key_uses = RateLimits(settings), KeyUses(sessions)
+    stack.callback(key_uses.close)
+
+    def admitted(key: ApiKey) -> None:
+        key_uses.note(key.id)
+        rates.take_call(key.id, key.limits)
+
+    scrapes = Scrapes(counts, sessions, serving.check, admitted)
     stack.callback(scrapes.close)
     first = create_first_key(sessions) if settings.first_key else None
     if first is not None:
         # Not through logging: a log is kept and shipped, this is shown once.
         print(f"Letheon: first API key (all scopes, shown only now): {first}", file=sys.stderr, flush=True)
-    return Service(settings, engine, sessions, vault, celery, serving, counts, scrapes, stopping=asyncio.Event())
+    return Service(
+        settings,
+        engine,
+        sessions,
+        vault,
+        celery,
+        serving,
+        counts,
+        scrapes,
+        rates,
+        key_uses,
+        stopping=asyncio.Event(),
+    )
 
 
 async def _model_error(request: Request, exc: Exception) -> JSONResponse:

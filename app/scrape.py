@@ -7,6 +7,7 @@ Prometheus asks most of all when something is broken. So nothing here waits for 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from app.database_metrics import Seen, families, observe
 from app.db import UNANSWERED
 from app.errors import Forbidden, LetheonError, Unauthenticated
 from app.metrics import Metrics
-from app.tables import utcnow
+from app.tables import ApiKey, utcnow
 from app.tracebacks import where
 
 log = logging.getLogger(__name__)
@@ -72,14 +73,24 @@ class Patience:
 class Scrapes:
     """What ``GET /metrics`` answers. Also the collector of what is read at each scrape: the database, and readiness."""
 
-    def __init__(self, metrics: Metrics, sessions: sessionmaker[Session], check: Callable[[], None]) -> None:
-        """Within an event loop. ``check`` raises LetheonError when a classification would not be answered now."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        sessions: sessionmaker[Session],
+        check: Callable[[], None],
+        admitted: Callable[[ApiKey], None],
+    ) -> None:
+        """Within an event loop. ``check`` raises LetheonError when a classification would not be answered now.
+
+        ``admitted`` is told of each key that is let through, and may raise RateLimited.
+        """
         # In threads of their own: with the database away, those that all other routes share may all wait for it.
         self.threads = CapacityLimiter(THREADS)
         self._registry = metrics.registry
-        self._sessions, self._check = sessions, check
+        self._sessions, self._check, self._admitted = sessions, check, admitted
         self._database, self._readiness = Patience(DATABASE_SECONDS), Patience(READY_SECONDS)
-        self._confirmed: dict[bytes, float] = {}  # digest of a presented key → when the database last confirmed it
+        # Digest of a presented key → when the database last confirmed it, and the seconds for which it still held then.
+        self._confirmed: dict[bytes, tuple[float, float]] = {}
         self._registry.register(self)
 
     def close(self) -> None:
@@ -88,8 +99,8 @@ class Scrapes:
     def answer(self, presented: str, accept: str) -> tuple[bytes, str]:
         """All metrics and their content type, for a key with the scope ``metrics``; takes a few seconds at most.
 
-        Raises Unauthenticated, Forbidden, and one of ``db.UNANSWERED`` or TimeoutError when the database does not
-        answer and did not confirm this key lately.
+        Raises Unauthenticated, Forbidden, RateLimited, and one of ``db.UNANSWERED`` or TimeoutError when the database
+        does not answer and did not confirm this key lately.
         """
         self._admit(presented)
         # The library's own negotiation dies of a version that is no number and repeats it in the answer.
@@ -107,21 +118,24 @@ class Scrapes:
     def _admit(self, presented: str) -> None:
         digest = keys.secret_digest(presented)
 
-        def confirm() -> None:
+        def confirm() -> float:
             with self._sessions() as session:
-                keys.require(keys.authenticate(session, presented).scopes, SCOPE)
+                key = keys.authenticate(session, presented)
+                keys.require(key.scopes, SCOPE)
+            self._admitted(key)
+            return (key.expires_at - utcnow()).total_seconds() if key.expires_at is not None else math.inf
 
         try:
-            self._database(confirm)
+            left = self._database(confirm)
         except (Unauthenticated, Forbidden):
             self._confirmed.pop(digest, None)
             raise
         except (*UNANSWERED, TimeoutError):
-            confirmed = self._confirmed.get(digest)
-            if confirmed is None or time.monotonic() - confirmed > REMEMBERED_SECONDS:
+            confirmed, left = self._confirmed.get(digest, (0.0, -1.0))
+            if time.monotonic() - confirmed > min(left, REMEMBERED_SECONDS):
                 raise
         else:
-            self._confirmed[digest] = time.monotonic()
+            self._confirmed[digest] = (time.monotonic(), left)
 
     def _observe(self) -> Seen | None:
         def read() -> Seen:

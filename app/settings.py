@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     max_forget_texts: int = Field(default=4096, ge=1, le=16_384)
     max_classify_texts: int = Field(default=256, ge=1, le=16_384)
     max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")
+    max_training_steps: int = Field(
+        default=100_000, ge=1, le=100_000, description="Steps that one request may ask for in its options."
+    )
     max_queued_texts: int = Field(default=2048, ge=1, description="Waiting classify texts; beyond it 503.")
     max_batch_texts: int = Field(
         default=64, ge=1, le=16_384, description="Texts that wait together and run together. 1: no batching."

@@ -104,10 +104,10 @@ class StackReader:
         """Raises NotReady, which names the prompt."""
         try:
             data = active_set.open_prompt(self._vault, row)
-            prompt = SoftPrompt.from_bytes(data, fingerprint=self._fingerprint)
+            prompt = SoftPrompt.from_bytes(data, fingerprint=self._fingerprint, digest=row.digest)
             if self._mode == Mode.CONCATENATE:
                 return prompt, None
-            return prompt, Gate.from_bytes(active_set.open_gate(self._vault, row))
+            return prompt, Gate.from_bytes(active_set.open_gate(self._vault, row), digest=row.gate_digest)
         except FingerprintMismatch as error:  # the worker tells it from other failures
             raise FingerprintMismatch(f"prompt {row.id} cannot be loaded: {error}") from error
         except MemoryError:
@@ -120,4 +120,4 @@ class StackReader:
         if digest in self._spaces:
             return self._spaces[digest]
         data = active_set.read_gate_space(session, digest)
-        return GateSpace.from_bytes(data, fingerprint=self._fingerprint)
+        return GateSpace.from_bytes(data, fingerprint=self._fingerprint, digest=digest)

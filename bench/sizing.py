@@ -71,8 +71,9 @@ def words(source: str) -> tuple[Tokenizer, int]:
     path = Path(source)
     gguf = path.suffix.lower() == ".gguf"
     folder, kwargs = (str(path.parent), {"gguf_file": path.name}) if gguf else (source, {})
-    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-    return cast(Tokenizer, tokenizer), AutoConfig.from_pretrained(folder, **kwargs).vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    return cast(Tokenizer, tokenizer), config.vocab_size
 
 
 def peak_bytes() -> int:

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from models.errors import CheckpointError
+from models.soft_prompt import UNREADABLE
 
 
 def pack(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, meta: dict[str, Any]) -> bytes:
@@ -34,8 +34,8 @@ def unpack(
     """
     try:
         tensors = load(data)
-        meta: dict[str, Any] = json.loads(tensors.pop("meta").numpy().tobytes())
-    except (SafetensorError, KeyError, ValueError) as error:
+        meta: dict[str, Any] = dict(json.loads(tensors.pop("meta").numpy().tobytes()))
+    except UNREADABLE as error:
         raise CheckpointError(f"damaged checkpoint ({type(error).__name__})") from None
     for key, value in expect.items():
         if meta.get(key) != value:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from models.errors import DatasetError, FingerprintMismatch, InvalidGate
-from models.soft_prompt import header_fingerprint
+from models.soft_prompt import UNREADABLE, header_fingerprint, same_digest
 
 RIDGE = 0.02  # of the mean variance of a direction
 MAX_RANK = 1024  # directions that are whitened one by one; the others share one variance
@@ -54,10 +53,13 @@ class GateSpace:
         return save(tensors, metadata={"fingerprint": self.fingerprint})
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, fingerprint: str) -> GateSpace:
-        """Raises InvalidGate for bytes that are not a space, FingerprintMismatch for one of another model."""
+    def from_bytes(cls, data: bytes, *, fingerprint: str, digest: str | None = None) -> GateSpace:
+        """``digest``: as ``SoftPrompt.from_bytes`` has it.
+
+        Raises InvalidGate for bytes that are not a space, FingerprintMismatch for one of another model.
+        """
         f32 = torch.float32
-        tensors = _load(data, {"center": (1, f32), "scale": (1, f32), "basis": (2, f32), "gain": (1, f32)})
+        tensors = _load(data, {"center": (1, f32), "scale": (1, f32), "basis": (2, f32), "gain": (1, f32)}, digest)
         width, rank = tensors["basis"].shape
         if len(tensors["center"]) != width or len(tensors["scale"]) != width or len(tensors["gain"]) != rank:
             raise InvalidGate("the shapes of a gate space do not agree")
@@ -128,8 +130,8 @@ class Gate:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Gate:
-        """Raises InvalidGate."""
+    def from_bytes(cls, data: bytes, *, digest: str | None = None) -> Gate:
+        """``digest``: as ``SoftPrompt.from_bytes`` has it. Raises InvalidGate."""
         tensors = _load(
             data,
             {
@@ -138,6 +140,7 @@ class Gate:
                 "digests": (2, torch.uint8),
                 "space": (1, torch.uint8),
             },
+            digest,
         )
         sizes = len(tensors["thresholds"]), tensors["digests"].shape[1], len(tensors["space"])
         if sizes != (2, 32, 32) or not len(tensors["directions"]):
@@ -162,11 +165,13 @@ def cosines(points: Tensor, directions: Tensor) -> Tensor:
     return (points.double() @ directions.double().T).float()
 
 
-def _load(data: bytes, kinds: dict[str, tuple[int, torch.dtype]]) -> dict[str, Tensor]:
+def _load(data: bytes, kinds: dict[str, tuple[int, torch.dtype]], digest: str | None) -> dict[str, Tensor]:
     """Exactly these tensors, of these numbers of dimensions and types, and finite. Raises InvalidGate."""
+    if not same_digest(data, digest):
+        raise InvalidGate("altered: its digest is another one")
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError) as error:
+    except UNREADABLE as error:
         raise InvalidGate(f"not a safetensors file ({type(error).__name__})") from None
     if {name: (t.ndim, t.dtype) for name, t in tensors.items()} != kinds:
         raise InvalidGate("other tensors than those of a gate")

@@ -194,8 +194,10 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokeniz
             files, location = sorted({f for p in _MODEL_FILES for f in path.glob(p)}), str(path)
             if not any(f.suffix == ".safetensors" for f in files):
                 raise ModelError(f"{source}: no .safetensors file; pickled weights are refused")
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(location, **({"gguf_file": path.name} if kwargs else {}))
+        # Said, since without a word transformers asks whoever sits at the terminal whether to run a model's own code.
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, trust_remote_code=False, **kwargs)
+        gguf = {"gguf_file": path.name} if kwargs else {}
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **gguf)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {source!r}: {type(error).__name__}: {error}") from error
     return cast(PreTrainedModel, model), cast(Tokenizer, tokenizer), _digest_files(files)

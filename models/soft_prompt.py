@@ -16,6 +16,8 @@ from torch import Tensor
 from models.errors import FingerprintMismatch, InvalidPrompt
 
 _KEY = "embeddings"
+UNREADABLE = (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, OverflowError)
+"""What reading safetensors may end in: for a type that torch has no name for it is a KeyError, for instance."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # no repr: a prompt is personal data
@@ -46,18 +48,27 @@ class SoftPrompt:
         return save({_KEY: self.embeddings.contiguous()}, metadata={"fingerprint": self.fingerprint})
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, fingerprint: str) -> SoftPrompt:
-        """Raises InvalidPrompt for bytes that are not a prompt, FingerprintMismatch for one of another model."""
+    def from_bytes(cls, data: bytes, *, fingerprint: str, digest: str | None = None) -> SoftPrompt:
+        """``digest``: the SHA-256 that is on record of these bytes; with another one, none of them is looked at.
+
+        Raises InvalidPrompt for bytes that are not a prompt, FingerprintMismatch for one of another model.
+        """
+        if not same_digest(data, digest):
+            raise InvalidPrompt("the prompt was altered: its digest is another one")
         try:
             tensors = load(data)
             stored = header_fingerprint(data)
-        except (SafetensorError, ValueError) as error:
+        except UNREADABLE as error:
             raise InvalidPrompt(f"not a safetensors prompt ({type(error).__name__})") from None
         if set(tensors) != {_KEY}:
             raise InvalidPrompt("a prompt holds one tensor named 'embeddings'")
         if stored != fingerprint:
             raise FingerprintMismatch(f"prompt of model {stored[:12]}, but this model is {fingerprint[:12]}")
         return cls(tensors[_KEY], stored)
+
+
+def same_digest(data: bytes, digest: str | None) -> bool:
+    return digest is None or hashlib.sha256(data).hexdigest() == digest
 
 
 def header_fingerprint(data: bytes) -> str:

@@ -90,6 +90,8 @@ def no_text_in_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         ({"forget_texts": [GOOD], "options": {"num_virtual_tokens": 257}}, "options.num_virtual_tokens", 256),
         ({"forget_texts": [GOOD], "options": {"learning_rate": 0}}, "options.learning_rate", 0),
         ({"forget_texts": [GOOD], "options": {"max_steps": 1.5}}, "options.max_steps", None),
+        ({"forget_texts": [GOOD], "options": {"max_steps": 0}}, "options.max_steps", 1),
+        ({"forget_texts": [GOOD], "options": {"max_steps": 100_001}}, "options.max_steps", 100_000),
         ({"forget_texts": [GOOD], "options": {"seed": -1}}, "options.seed", 0),
         ({"forget_texts": [GOOD], "options": {"epochs": 3}}, "options.epochs", None),
         ([GOOD], "body", None),
@@ -102,7 +104,7 @@ def test_invalid_request_bodies(api: Api, body: Any, field: str, limit: float | 
     response = api.client.post("/unlearn-requests", content=content, headers=JSON | api.key("requests"))
     problem = assert_problem(response, 422, "invalid-input", field=field, limit=limit)
     assert field in problem["detail"] or len(problem["errors"]) > 1
-    assert api.client.get("/unlearn-requests", headers=api.key("requests")).json()["items"] == []
+    assert api.client.get("/unlearn-requests", headers=api.key("auditor")).json()["items"] == []
 
 
 @pytest.mark.parametrize(
@@ -249,25 +251,26 @@ def test_unknown_paths_and_methods(api: Api) -> None:
     assert response.headers["allow"] == "POST"
 
 
-OPERATIONS = [
-    ("POST", "/unlearn-requests", "requests", {"forget_texts": [GOOD]}),
-    ("GET", "/unlearn-requests", "requests", None),
-    ("GET", f"/unlearn-requests/{UNKNOWN}", "requests", None),
-    ("GET", f"/unlearn-requests/{UNKNOWN}/events", "requests", None),
-    ("POST", f"/unlearn-requests/{UNKNOWN}/cancel", "requests", None),
-    ("POST", "/classify", "classify", {"text": GOOD}),
-    ("GET", "/admin/prompts", "admin", None),
-    ("GET", "/admin/prompts/prm_" + "0" * 28, "admin", None),
-    ("POST", "/admin/prompts/prm_" + "0" * 28 + "/revoke", "admin", {"reason": MARKER}),
-    ("GET", "/metrics", "metrics", None),
+READERS = ("requests", "admin", "auditor", "approve")
+OPERATIONS: list[tuple[str, str, tuple[str, ...], Any]] = [
+    ("POST", "/unlearn-requests", ("requests",), {"forget_texts": [GOOD]}),
+    ("GET", "/unlearn-requests", READERS, None),
+    ("GET", f"/unlearn-requests/{UNKNOWN}", READERS, None),
+    ("GET", f"/unlearn-requests/{UNKNOWN}/events", READERS, None),
+    ("POST", f"/unlearn-requests/{UNKNOWN}/cancel", ("requests", "admin"), None),
+    ("POST", "/classify", ("classify",), {"text": GOOD}),
+    ("GET", "/admin/prompts", ("auditor", "admin"), None),
+    ("GET", "/admin/prompts/prm_" + "0" * 28, ("auditor", "admin"), None),
+    ("POST", "/admin/prompts/prm_" + "0" * 28 + "/revoke", ("admin",), {"reason": MARKER}),
+    ("GET", "/metrics", ("metrics",), None),
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "scope", "body"), OPERATIONS)
+@pytest.mark.parametrize(("method", "path", "scopes", "body"), OPERATIONS)
 def test_missing_wrong_revoked_and_under_scoped_keys(
-    api: Api, method: str, path: str, scope: str, body: Any, caplog: pytest.LogCaptureFixture
+    api: Api, method: str, path: str, scopes: tuple[str, ...], body: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good = api.key(scope)
+    good = api.key(*scopes)
     token = good["Authorization"].removeprefix("Bearer ")
     revoked = api.key()
     with api.service.sessions.begin() as session:
@@ -289,9 +292,9 @@ def test_missing_wrong_revoked_and_under_scoped_keys(
         problem = assert_problem(response, 401, "unauthenticated")
         assert response.headers["www-authenticate"] == "Bearer"
         assert "errors" not in problem
-    others = api.key(*(other for other in keys.SCOPES if other != scope))
+    others = api.key(*(other for other in keys.SCOPES if other not in scopes))
     problem = assert_problem(api.client.request(method, path, json=body, headers=others), 403, "forbidden")
-    assert problem["scope"] == scope
+    assert (problem["scope"], problem["scopes"]) == (scopes[0], list(scopes))
     assert token not in caplog.text and wrong not in caplog.text
 
 
@@ -327,6 +330,17 @@ def test_cancelling_what_has_ended(api: Api) -> None:
     for request_id, state in ((active, "active"), (cancelled, "cancelled"), (failed, "failed")):
         response = api.client.post(f"/unlearn-requests/{request_id}/cancel", headers=headers)
         assert assert_problem(response, 409, "conflict")["state"] == state
+
+
+def test_the_servers_own_limit_on_steps(tmp_path: Path) -> None:
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, max_training_steps=300) as api:
+        for steps, status in ((300, 202), (301, 422), (100_000, 422)):
+            body = {"forget_texts": [GOOD], "options": {"max_steps": steps}}
+            response = api.client.post("/unlearn-requests", json=body, headers=api.key("requests"))
+            if status == 202:
+                assert response.status_code == 202
+            else:
+                assert_problem(response, 422, "invalid-input", field="options.max_steps", limit=300)
 
 
 def test_field_paths() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 
 from app import active_set, revoking, set_history
-from app.auth import AdminCaller
+from app.auth import AdminCaller, AuditorCaller
 from app.deps import Cursor, Limit, PromptId, ServiceDep
 from app.errors import (
     BodyTimeout,
@@ -18,18 +18,19 @@ from app.errors import (
     MalformedBody,
     NotFound,
     Overloaded,
+    RateLimited,
     Unauthenticated,
 )
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import ActiveSetOut, ActiveSetPage, PromptOut, PromptPage, RestoreIn, RevokedOut, RevokeIn
 from app.tables import PromptState
 
-router = APIRouter(tags=["admin"], responses=problems(Unauthenticated, Forbidden, InvalidInput))
+router = APIRouter(tags=["admin"], responses=problems(Unauthenticated, Forbidden, InvalidInput, RateLimited))
 
 
 @router.get("/admin/prompts", response_model=PromptPage)
 def list_prompts(
-    caller: AdminCaller,
+    caller: AuditorCaller,
     service: ServiceDep,
     limit: Limit = 50,
     cursor: Cursor = None,
@@ -42,7 +43,7 @@ def list_prompts(
 
 
 @router.get("/admin/prompts/{prompt_id}", response_model=PromptOut, responses=problems(NotFound))
-def get_prompt(caller: AdminCaller, prompt_id: PromptId, service: ServiceDep) -> Any:
+def get_prompt(caller: AuditorCaller, prompt_id: PromptId, service: ServiceDep) -> Any:
     """One prompt's record."""
     with service.sessions() as session:
         return active_set.get_prompt(session, prompt_id)
@@ -95,7 +96,7 @@ Version = Annotated[int, Path(ge=0, le=2**31 - 1, description="Of the active set
 
 @router.get("/admin/active-sets", response_model=ActiveSetPage)
 def list_active_sets(
-    caller: AdminCaller,
+    caller: AuditorCaller,
     service: ServiceDep,
     limit: Limit = 50,
     before: Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Versions below this one.")] = None,
@@ -107,7 +108,7 @@ def list_active_sets(
 
 
 @router.get("/admin/active-sets/{version}", response_model=ActiveSetOut, responses=problems(NotFound))
-def get_active_set(caller: AdminCaller, version: Version, service: ServiceDep) -> Any:
+def get_active_set(caller: AuditorCaller, version: Version, service: ServiceDep) -> Any:
     """One version."""
     with service.sessions() as session:
         return set_history.get_version(session, version)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from app import approval
-from app.auth import ApproveCaller
+from app.auth import ApproverCaller
 from app.broker import enqueue_training
 from app.deps import RequestId, ServiceDep
 from app.errors import (
@@ -19,19 +19,22 @@ from app.errors import (
     MalformedBody,
     NotFound,
     Overloaded,
+    RateLimited,
     SameKey,
     Unauthenticated,
 )
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import RejectIn, UnlearnRequestOut
 
-router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, SameKey, InvalidInput))
+router = APIRouter(
+    tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, SameKey, InvalidInput, RateLimited)
+)
 
 
 @router.post(
     "/unlearn-requests/{request_id}/approve", response_model=UnlearnRequestOut, responses=problems(NotFound, Conflict)
 )
-def approve_unlearn_request(caller: ApproveCaller, request_id: RequestId, service: ServiceDep) -> Any:
+def approve_unlearn_request(caller: ApproverCaller, request_id: RequestId, service: ServiceDep) -> Any:
     """Agree that a request which is `awaiting_approval` comes into force, with another key than the one that asked.
 
     The prompt that waits is checked once more, on the active set as it is by then, and activated.
@@ -47,7 +50,7 @@ def approve_unlearn_request(caller: ApproveCaller, request_id: RequestId, servic
     response_model=UnlearnRequestOut,
     responses=problems(MalformedBody, NotFound, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
 )
-def reject_unlearn_request(caller: ApproveCaller, request_id: RequestId, body: RejectIn, service: ServiceDep) -> Any:
+def reject_unlearn_request(caller: ApproverCaller, request_id: RequestId, body: RejectIn, service: ServiceDep) -> Any:
     """End a request that is `awaiting_approval` as `failed` with the code `rejected`; its texts are destroyed."""
     with service.sessions.begin() as session:
         return approval.reject(session, request_id, actor=caller.key_id, reason=body.reason)

@@ -24,6 +24,7 @@ from app.errors import (
     MalformedBody,
     NotReady,
     Overloaded,
+    RateLimited,
     Unauthenticated,
 )
 from app.limits import check_count, encode_texts
@@ -56,6 +57,7 @@ REFUSALS: dict[type[LetheonError], Refusal] = {
         BodyTooLarge,
         UnsupportedMediaType,
         InvalidInput,
+        RateLimited,
         NotReady,
         Overloaded,
         DeadlineExceeded,
@@ -76,6 +78,7 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
     else:
         check_count("texts", len(body.texts), service.settings.max_classify_texts)
         fields = [(f"texts[{i}]", text) for i, text in enumerate(body.texts)]
+    service.rates.take_texts(caller.key_id, caller.limits, len(fields))
     deadline = time.monotonic() + min(body.timeout_seconds or math.inf, service.settings.classify_deadline_seconds)
     try:
         answer = await _answer(request, service.serving, fields, deadline)

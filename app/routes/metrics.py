@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.auth import Credentials, presented_key
 from app.deps import ServiceDep
-from app.errors import Forbidden, Unauthenticated
+from app.errors import Forbidden, RateLimited, Unauthenticated
 from app.problems import Unavailable, problems
 
 router = APIRouter(tags=["metrics"])
@@ -20,7 +20,7 @@ router = APIRouter(tags=["metrics"])
     response_class=Response,
     responses={
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-        **problems(Unauthenticated, Forbidden, Unavailable),
+        **problems(Unauthenticated, Forbidden, RateLimited, Unavailable),
     },
 )
 async def scrape(credentials: Credentials, service: ServiceDep, request: Request) -> Response:

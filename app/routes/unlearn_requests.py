@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from app import idempotency, lifecycle, terms
-from app.auth import RequestsCaller
+from app.auth import READS_ALL, CancellingCaller, ReaderCaller, RequestsCaller
 from app.broker import enqueue_training
 from app.deps import Cursor, Limit, RequestId, Service, ServiceDep
 from app.errors import (
@@ -27,15 +27,18 @@ from app.errors import (
     MalformedBody,
     NotFound,
     Overloaded,
+    QuotaExceeded,
+    RateLimited,
     Unauthenticated,
 )
 from app.lifecycle import ForgetText
-from app.limits import check_count, check_texts
+from app.limits import check_count, check_steps, check_texts
 from app.problems import UnsupportedMediaType, problems
+from app.quotas import check_request_quota
 from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
 from app.tables import LIVE, RequestEvent, RequestState, utcnow
 
-router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, InvalidInput))
+router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, InvalidInput, RateLimited))
 
 POLL_SECONDS = 0.5
 EVENT_PAGE = 500
@@ -87,6 +90,8 @@ IdempotencyKey = Annotated[
             InvalidInput,
             IdempotencyMismatch,
             IdempotencyInFlight,
+            RateLimited,
+            QuotaExceeded,
         ),
     },
 )
@@ -103,6 +108,7 @@ def create_unlearn_request(
     and expiry, and here it is.
     """
     check_count("forget_texts", len(body.forget_texts), service.settings.max_forget_texts)
+    check_steps(service.settings, body.options)
     check_texts(
         service.serving,
         [(f"forget_texts[{i}].text", item.text) for i, item in enumerate(body.forget_texts)],
@@ -138,6 +144,8 @@ def create_unlearn_request(
             )
             live = idempotency.find_live(session, api_key_id=caller.key_id, digest=digest)
             duplicate = live is not None
+            if live is None:
+                check_request_quota(session, caller.key_id, service.settings, texts=len(texts), now=now)
             row = live or lifecycle.create_request(
                 session,
                 service.vault,
@@ -166,38 +174,42 @@ def create_unlearn_request(
 
 @router.get("/unlearn-requests", response_model=UnlearnRequestPage)
 def list_unlearn_requests(
-    caller: RequestsCaller,
+    caller: ReaderCaller,
     service: ServiceDep,
     limit: Limit = 50,
     cursor: Cursor = None,
     state: Annotated[RequestState | None, Query()] = None,
 ) -> Any:
-    """Requests, newest first."""
+    """Requests, newest first: the key's own, or all with `admin`, `auditor` or `approve`."""
+    owner = caller.owner(*READS_ALL)
     with service.sessions() as session:
-        items, next_cursor = lifecycle.list_requests(session, limit=limit, cursor=cursor, state=state)
+        items, next_cursor = lifecycle.list_requests(session, limit=limit, cursor=cursor, state=state, owner=owner)
     return {"items": items, "next_cursor": next_cursor}
 
 
 @router.get("/unlearn-requests/{request_id}", response_model=UnlearnRequestOut, responses=problems(NotFound))
-def get_unlearn_request(caller: RequestsCaller, request_id: RequestId, service: ServiceDep) -> Any:
-    """State, progress, metrics and, if it failed, why."""
+def get_unlearn_request(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> Any:
+    """State, progress, metrics and, if it failed, why. 404 for another key's, unless with a scope that reads all."""
     with service.sessions() as session:
-        return lifecycle.get_request(session, request_id)
+        return lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL))
 
 
 @router.post(
     "/unlearn-requests/{request_id}/cancel", response_model=UnlearnRequestOut, responses=problems(NotFound, Conflict)
 )
-def cancel_unlearn_request(caller: RequestsCaller, request_id: RequestId, service: ServiceDep) -> Any:
-    """Cancel. A waiting request ends at once; a running one stops at its next step (`cancel_requested`)."""
+def cancel_unlearn_request(caller: CancellingCaller, request_id: RequestId, service: ServiceDep) -> Any:
+    """Cancel the key's own request, or any with `admin`.
+
+    A waiting request ends at once; a running one stops at its next step (`cancel_requested`).
+    """
     with service.sessions.begin() as session:
-        return lifecycle.request_cancel(session, request_id, actor=caller.key_id)
+        return lifecycle.request_cancel(session, request_id, actor=caller.key_id, owner=caller.owner("admin"))
 
 
-def _known_request(caller: RequestsCaller, request_id: RequestId, service: ServiceDep) -> str:
+def _known_request(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> str:
     """Checked before the stream starts, since after its first byte no 404 can be sent."""
     with service.sessions() as session:
-        return lifecycle.get_request(session, request_id).id
+        return lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL)).id
 
 
 @router.get("/unlearn-requests/{request_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))

@@ -18,18 +18,14 @@ from app.errors import (
     MalformedBody,
     NotFound,
     Overloaded,
+    RateLimited,
     Unauthenticated,
 )
 from app.problems import UnsupportedMediaType, problems
 from app.schemas_webhooks import DeliveryOut, DeliveryPage, WebhookCreated, WebhookIn, WebhookOut, WebhookPage
 from app.tables import DeliveryState, Webhook
 
-router = APIRouter(tags=["webhooks"], responses=problems(Unauthenticated, Forbidden, InvalidInput))
-
-
-def _whose(caller: Caller) -> str | None:
-    """The key whose webhooks the caller may see; None: everybody's."""
-    return None if "admin" in caller.scopes else caller.key_id
+router = APIRouter(tags=["webhooks"], responses=problems(Unauthenticated, Forbidden, InvalidInput, RateLimited))
 
 
 def _shown(webhook: Webhook, caller: Caller) -> WebhookOut:
@@ -63,7 +59,7 @@ def create_webhook(body: WebhookIn, caller: RequestsCaller, service: ServiceDep)
 def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50, cursor: Cursor = None) -> Any:
     """Your webhooks, newest first, disabled ones included; an admin sees everybody's, without their URLs."""
     with service.sessions() as session:
-        items, next_cursor = webhooks.list_webhooks(session, of=_whose(caller), limit=limit, cursor=cursor)
+        items, next_cursor = webhooks.list_webhooks(session, of=caller.owner("admin"), limit=limit, cursor=cursor)
     return {"items": [_shown(webhook, caller) for webhook in items], "next_cursor": next_cursor}
 
 
@@ -71,14 +67,14 @@ def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50
 def get_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
     """One webhook."""
     with service.sessions() as session:
-        return _shown(webhooks.get_webhook(session, webhook_id, of=_whose(caller)), caller)
+        return _shown(webhooks.get_webhook(session, webhook_id, of=caller.owner("admin")), caller)
 
 
 @router.delete("/webhooks/{webhook_id}", response_model=WebhookOut, responses=problems(NotFound))
 def disable_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
     """End a webhook, for good. What waits for it is not sent; its log stays for a while."""
     with service.sessions.begin() as session:
-        webhook = webhooks.disable_webhook(session, webhook_id, of=_whose(caller), actor=caller.key_id)
+        webhook = webhooks.disable_webhook(session, webhook_id, of=caller.owner("admin"), actor=caller.key_id)
     return _shown(webhook, caller)
 
 
@@ -94,7 +90,7 @@ def list_webhook_deliveries(
     """The messages of a webhook and how their delivery went, newest first."""
     with service.sessions() as session:
         items, next_cursor = webhooks.list_deliveries(
-            session, webhook_id, of=_whose(caller), limit=limit, cursor=cursor, state=state
+            session, webhook_id, of=caller.owner("admin"), limit=limit, cursor=cursor, state=state
         )
     return {"items": items, "next_cursor": next_cursor}
 
@@ -108,7 +104,7 @@ def list_webhook_deliveries(
 def redeliver(caller: RequestsCaller, webhook_id: WebhookId, delivery_id: DeliveryId, service: ServiceDep) -> Any:
     """Send a message once more, whatever became of it; it keeps its id. One that waits for another attempt goes now."""
     with service.sessions.begin() as session:
-        return webhooks.redeliver(session, webhook_id, delivery_id, of=_whose(caller))
+        return webhooks.redeliver(session, webhook_id, delivery_id, of=caller.owner("admin"))
 
 
 @router.post(
@@ -120,4 +116,4 @@ def redeliver(caller: RequestsCaller, webhook_id: WebhookId, delivery_id: Delive
 def ping_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
     """Send a `ping`; its delivery says whether it arrived."""
     with service.sessions.begin() as session:
-        return webhooks.ping(session, webhook_id, of=_whose(caller))
+        return webhooks.ping(session, webhook_id, of=caller.owner("admin"))
