@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,8 +17,17 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import approval, audit, db, set_history
-from app.errors import Conflict, InvalidInput, NotFound, NotReady, StaleActiveSet, VaultError
+from app import approval, audit, db, set_history, shredding
+from app.errors import (
+    Conflict,
+    InvalidInput,
+    KeyDestroyed,
+    NotFound,
+    NotReady,
+    ShareMissing,
+    StaleActiveSet,
+    VaultError,
+)
 from app.lifecycle import CancelRequested, Claim, check_cursor, hold, lock_request, move
 from app.settings import Mode
 from app.tables import (
@@ -31,7 +41,7 @@ from app.tables import (
     new_id,
     utcnow,
 )
-from app.vault import Vault
+from app.vault import ANOTHER_KEY, Vault
 
 READ_CHUNK = 200  # prompts per statement: a row of a large model holds megabytes
 
@@ -264,7 +274,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
     now = utcnow()
     was_active = prompt.state == PromptState.ACTIVE
     prompt.state = PromptState.REVOKED
-    db.note_shredding(session)
+    shredding.destroy_key(session, prompt.wrapped_key)
     prompt.wrapped_key = prompt.sealed = prompt.sealed_gate = prompt.sealed_canaries = None
     prompt.revoked_at = now
     prompt.revoked_by = actor[:40]
@@ -298,18 +308,24 @@ def forgotten_digests(session: Session) -> set[bytes]:
 
 
 def check_master_key(session: Session, vault: Vault) -> None:
-    """Raises VaultError when what is sealed here was sealed under another master key.
+    """Raises VaultError when what is sealed here was sealed under another master key, or needs another key store.
 
     Better known at the start than from requests that fail one after another, their texts shredded.
     """
     for table in (Prompt, UnlearnRequest):
-        newest = select(table.wrapped_key).where(table.wrapped_key.is_not(None)).order_by(table.id.desc()).limit(1)
-        wrapped = session.scalar(newest)
-        if wrapped is not None:
-            try:
-                vault.seal(wrapped, b"", aad="")
-            except VaultError:
-                raise VaultError("the database was sealed under another LETHEON_MASTER_KEY than this one") from None
+        query = select(table.wrapped_key).where(table.wrapped_key.is_not(None)).order_by(table.id.desc())
+        with closing(session.execute(query.execution_options(yield_per=20))) as newest_first:
+            for row in newest_first:
+                assert row.wrapped_key is not None
+                try:
+                    vault.seal(row.wrapped_key, b"", aad="")
+                except KeyDestroyed:
+                    continue  # a backup came back; it says nothing of the master key, and ``app.reconcile`` sees to it
+                except ShareMissing:
+                    raise
+                except VaultError:
+                    raise VaultError(ANOTHER_KEY) from None
+                break
 
 
 def lock_active_set(session: Session) -> ActiveSet:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app import cli_admin, cli_doctor, cli_local, cli_remote, cli_webhooks
+from app import cli_admin, cli_doctor, cli_local, cli_remote, cli_vault, cli_webhooks
 from app.cli_output import CommandGroup, note
 from app.defaults import resolve_model, resolve_retain
 from app.settings import get_settings
@@ -34,6 +34,7 @@ app.add_typer(cli_webhooks.webhooks, name="webhooks")
 app.add_typer(cli_admin.prompts, name="prompts")
 app.add_typer(cli_admin.active_sets, name="active-sets")
 app.add_typer(cli_local.keys_app, name="keys")
+app.add_typer(cli_vault.vault_app, name="vault")
 app.command("doctor")(cli_doctor.doctor)
 
 

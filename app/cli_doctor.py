@@ -21,6 +21,8 @@ from app.cli_output import JsonOption, emit, print_table
 from app.cli_remote import make_client
 from app.defaults import resolve_model, resolve_retain
 from app.errors import LetheonError
+from app.key_file import FORMER
+from app.keystore import KeyStore
 from app.settings import Settings, get_settings
 from app.vault import Vault
 
@@ -112,16 +114,33 @@ def _retain(settings: Settings) -> tuple[str, str]:
 
 def _master_key(settings: Settings) -> tuple[str, str]:
     if settings.master_key is not None:
-        Vault.from_settings(settings)
-        return "ok", "from LETHEON_MASTER_KEY"
+        vault = Vault.from_settings(settings)
+        previous = len(vault.key_ids) - 1
+        return "ok", f"{vault.key_id}, from LETHEON_MASTER_KEY" + (f", and {previous} previous" if previous else "")
     path = settings.home / "master.key"
     if not path.exists():
         return "warn", f"{path} is not there yet: the first start makes it"
-    Vault.from_settings(settings)
+    Vault.from_settings(settings).close()
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         return "fail", f"{path} can be read by others (mode {mode:03o}): chmod 600 it"
+    if (settings.home / FORMER).exists():
+        return "warn", f"a rotation of {path} was begun: finish it with `letheon vault rotate`"
     return "ok", f"{path}, mode {mode:03o}"
+
+
+def _key_store(settings: Settings) -> tuple[str, str]:
+    url = settings.effective_keystore_url
+    if not url:
+        return "warn", (
+            "none (LETHEON_KEYSTORE_URL is empty): an old backup of the database and the master key together open "
+            "what was shredded after it was made"
+        )
+    kind, name = make_url(url).get_backend_name(), KeyStore(url).place
+    if kind == "sqlite" and not Path(make_url(url).database or "").is_file():
+        return "ok", f"{name}: not there yet, the first key makes it"
+    KeyStore(url).check(make=False)
+    return "ok", f"{name}: leave it out of the database's backups"
 
 
 def _engine(settings: Settings) -> Engine | None:
@@ -183,6 +202,7 @@ CHECKS: tuple[tuple[str, Callable[[Settings], tuple[str, str]]], ...] = (
     ("model", _model),
     ("retain set", _retain),
     ("master key", _master_key),
+    ("key store", _key_store),
     ("database schema", _schema),
     ("audit chain", _audit),
     ("broker", _broker),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from app import db, keys, pull
 from app.cli_output import CommandGroup, JsonOption, bar, byte_bar, emit, note, print_table
@@ -63,8 +63,8 @@ def _report_pull(pulled: pull.Pulled, as_json: bool) -> None:
 
 
 @contextmanager
-def local_session(settings: Settings) -> Iterator[Session]:
-    """A transaction on the configured database; the embedded one is made when it is not there yet.
+def local_sessions(settings: Settings) -> Iterator[sessionmaker[Session]]:
+    """Sessions on the configured database; the embedded one is made when it is not there yet.
 
     Raises NotReady when the schema is not at head.
     """
@@ -74,10 +74,16 @@ def local_session(settings: Settings) -> Iterator[Session]:
     engine = db.make_engine(url)
     try:
         db.check_schema(engine)
-        with db.make_sessions(engine).begin() as session:
-            yield session
+        yield db.make_sessions(engine)
     finally:
         engine.dispose()
+
+
+@contextmanager
+def local_session(settings: Settings) -> Iterator[Session]:
+    """One transaction of ``local_sessions``."""
+    with local_sessions(settings) as sessions, sessions.begin() as session:
+        yield session
 
 
 @keys_app.command("create")

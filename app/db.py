@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ UNANSWERED = (OperationalError, InterfaceError, PoolTimeout)
 """What a database says when it restarts, is locked, is full or cannot be reached."""
 BUSY_SECONDS = 30.0
 _EMPTY_LOG_SECONDS = 0.5
+KEEP_TEXTS = "keep_texts"
+"""In ``Session.info``: what ``make_sessions`` was told."""
 _SHREDDED = "shredded"
 _MIGRATION_LOCK = 0x1E7E0001  # PostgreSQL advisory lock
 
 
-def make_engine(url: str) -> Engine:
+def make_engine(url: str, *, busy_seconds: float = BUSY_SECONDS, **pool: Any) -> Engine:
     """An engine for a ``sqlite:///`` or ``postgresql://`` URL. Raises ValueError for another database."""
     parsed = make_url(url)
     backend = parsed.get_backend_name()
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     # hide_parameters: a failing statement would otherwise put its values into the exception's message.
-    options: dict[str, Any] = {"hide_parameters": True}
+    options: dict[str, Any] = {"hide_parameters": True, **pool}
     if backend in ("postgresql", "postgres"):
         return create_engine(parsed, pool_pre_ping=True, **options)
     if backend != "sqlite":
@@ -49,7 +52,7 @@ def make_engine(url: str) -> Engine:
         path = Path(parsed.database)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # SQLite gives its -wal and -shm files the same mode
-    engine = create_engine(parsed, connect_args={"isolation_level": "IMMEDIATE", "timeout": BUSY_SECONDS}, **options)
+    engine = create_engine(parsed, connect_args={"isolation_level": "IMMEDIATE", "timeout": busy_seconds}, **options)
     event.listen(engine, "connect", _sqlite_pragmas)
     return engine
 
@@ -61,8 +64,9 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def make_sessions(engine: Engine) -> sessionmaker[Session]:
-    sessions = sessionmaker(engine, expire_on_commit=False)
+def make_sessions(engine: Engine, *, keep_texts: timedelta = timedelta()) -> sessionmaker[Session]:
+    """``keep_texts``: for how long forget texts stay sealed after their request is active or ended."""
+    sessions = sessionmaker(engine, expire_on_commit=False, info={KEEP_TEXTS: keep_texts})
     if engine.dialect.name == "sqlite":
         # Not from the engine's pool: the committing session still holds its own connection, and others wait for one.
         own = create_engine(engine.url, poolclass=NullPool, connect_args={"timeout": _EMPTY_LOG_SECONDS})

@@ -133,6 +133,18 @@ class VaultError(LetheonError):
     status, code, title = 500, "vault", "Sealed data cannot be opened"
 
 
+class KeyDestroyed(VaultError):
+    """What it sealed was shredded, and is gone for good."""
+
+
+class ShareMissing(VaultError):
+    """The key store has never heard of the share, or there is no key store: nothing says that it was shredded."""
+
+
+class WrongMasterKey(VaultError):
+    """None of the master keys opens the wrapped key, or it was altered, or its share was."""
+
+
 class LeaseLost(LetheonError):
     """The caller no longer holds the request (lease expired, another attempt runs, or it ended)."""
 

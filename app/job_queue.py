@@ -1,4 +1,4 @@
-"""The database as the queue: claim, lease, heartbeat, checkpoints, and the reaper's two statements.
+"""The database as the queue: claim, lease, heartbeat, checkpoints, and the reaper's statements.
 
 A claim is one conditional UPDATE. Everything a worker writes afterwards carries its fence (``lifecycle.held_by``), so
 a worker that was presumed dead gets LeaseLost instead of overwriting its successor. Nothing here commits.
@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db
+from app import audit, db
 from app.errors import LeaseLost, VaultError
 from app.lifecycle import (
     TRANSITIONS,
@@ -25,6 +25,7 @@ from app.lifecycle import (
     hold,
     move,
     record_state,
+    shred,
     texts_aad,
 )
 from app.tables import RUNNING, Checkpoint, RequestEvent, RequestState, UnlearnRequest, utcnow
@@ -41,6 +42,7 @@ __all__ = [
     "record_progress",
     "ring_due",
     "save_checkpoint",
+    "shred_due",
 ]
 
 
@@ -165,6 +167,22 @@ def reap(session: Session, *, max_attempts: int, now: datetime | None = None) ->
         else:
             row.rung_at = None
             move(session, row, RequestState.PENDING, actor="reaper", detail={"why": "lease expired"}, now=now)
+    return [row.id for row in rows]
+
+
+def shred_due(session: Session, *, now: datetime | None = None) -> list[str]:
+    """Shred the texts whose time is up (``keep_texts_hours``); ids touched."""
+    now = now or utcnow()
+    due = UnlearnRequest.shred_at <= now
+    if session.scalar(select(UnlearnRequest.id).where(due).limit(1)) is None:
+        return []
+    db.begin_write(session)
+    query = select(UnlearnRequest).where(due).order_by(UnlearnRequest.id).with_for_update(skip_locked=True)
+    rows = list(session.scalars(query, execution_options={"populate_existing": True}))
+    for row in rows:
+        shred(session, row)
+    for row in rows:
+        audit.append(session, actor="reaper", action="request.shredded", subject=row.id, detail={})
     return [row.id for row in rows]
 
 

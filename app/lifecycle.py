@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
-from app import audit, db, webhook_queue
+from app import audit, db, shredding, webhook_queue
 from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from app.tables import (
     RUNNING,
@@ -62,7 +62,7 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.CANCELLED: frozenset(),
 }
 ENDS_TRAINING = frozenset({RequestState.ACTIVE, RequestState.FAILED, RequestState.CANCELLED})
-"""Reaching one of these destroys the forget texts."""
+"""Reaching one of these destroys the forget texts, or sets the time for it."""
 
 
 class CancelRequested(Conflict):
@@ -312,7 +312,7 @@ def move(
         request.lease_owner = request.lease_expires_at = None
     if to in ENDS_TRAINING and before != RequestState.SUSPENDED:
         request.finished_at = now
-        shred(session, request)
+        end_texts(session, request, now)
     record_state(session, request, before=before, actor=actor, detail=detail or {}, now=now)
 
 
@@ -356,11 +356,27 @@ def end_failed(
     move(session, request, RequestState.FAILED, actor=actor, detail={"code": code}, now=now)
 
 
+def end_texts(session: Session, request: UnlearnRequest, now: datetime) -> None:
+    """Shred the texts, now or (``keep_texts_hours``) when the reaper finds that they are due; the checkpoint now."""
+    keep: timedelta = session.info.get(db.KEEP_TEXTS, timedelta())
+    if not keep or request.wrapped_key is None:
+        shred(session, request)
+        return
+    request.shred_at = now + keep
+    db.note_shredding(session)
+    _drop_checkpoint(session, request)
+
+
 def shred(session: Session, request: UnlearnRequest) -> None:
     """Destroy the forget texts: without the wrapped key, whatever copy of the sealed bytes is left stays sealed."""
-    db.note_shredding(session)
+    shredding.destroy_key(session, request.wrapped_key)
     request.wrapped_key = None
     request.sealed_texts = None
+    request.shred_at = None
+    _drop_checkpoint(session, request)
+
+
+def _drop_checkpoint(session: Session, request: UnlearnRequest) -> None:
     session.execute(
         delete(Checkpoint).where(Checkpoint.request_id == request.id),
         execution_options={"synchronize_session": False},

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import uvicorn
@@ -15,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse
 
-from app import active_set, db, problems, tracing
+from app import db, problems, tracing
 from app.auth import admit, create_first_key, describe_scopes
 from app.broker import make_celery
 from app.defaults import load_arguments
@@ -25,6 +26,7 @@ from app.key_uses import KeyUses
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
 from app.rate_limits import RateLimits
+from app.reconcile import make_ready
 from app.routes import admin, approvals, classify, docs, health, metrics, unlearn_requests, webhooks
 from app.scrape import Scrapes
 from app.security_headers import SecurityHeaders
@@ -126,10 +128,10 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     engine = db.make_engine(url)
     stack.callback(engine.dispose)
     db.check_schema(engine)
-    sessions = db.make_sessions(engine)
+    sessions = db.make_sessions(engine, keep_texts=timedelta(hours=settings.keep_texts_hours))
     vault = Vault.from_settings(settings)
-    with sessions() as session:
-        active_set.check_master_key(session, vault)
+    stack.callback(vault.close)
+    make_ready(sessions, vault)
     celery = make_celery(settings)
     stack.callback(celery.close)
     model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))

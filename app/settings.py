@@ -202,11 +202,20 @@ class Settings(BaseSettings):
             raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
         if set(self.labels) & set(self.generic_labels):
             raise ValueError("labels and generic_labels must not overlap")
+        if self.keystore_url and self.keystore_url == self.database_url:
+            raise ValueError("keystore_url must not be database_url: its backups would hold the key shares")
         return self
 
     @property
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite:///{(self.home / 'letheon.db').resolve()}"
+
+    @property
+    def effective_keystore_url(self) -> str:
+        """Empty: keys have no shares."""
+        if self.keystore_url or self.database_url:
+            return self.keystore_url
+        return f"sqlite:///{(self.home / 'keystore.db').resolve()}"
 
     @property
     def broker_dir(self) -> Path:

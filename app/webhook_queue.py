@@ -20,7 +20,7 @@ from typing import Any
 from sqlalchemy import and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import audit, db
+from app import audit, db, shredding
 from app.errors import NotFound
 from app.tables import (
     ActiveSet,
@@ -262,9 +262,9 @@ def clean(session: Session, *, log_days: float, now: datetime | None = None) -> 
     )
     apart: dict[str, Any] = {"execution_options": {"synchronize_session": False}}
     session.execute(delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)), **apart)
-    ended = delete(Webhook).where(Webhook.disabled_at < before).returning(Webhook.id)
-    if list(session.scalars(ended, **apart)):
-        db.note_shredding(session)  # their secrets
+    ended = delete(Webhook).where(Webhook.disabled_at < before).returning(Webhook.wrapped_key)
+    for wrapped in session.scalars(ended, **apart).all():
+        shredding.destroy_key(session, wrapped)
 
 
 def _payload(

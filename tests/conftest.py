@@ -12,6 +12,7 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import db
+from app.keystore import KeyStore
 from app.vault import Vault
 
 # Tiny models gain nothing from a second thread, and lose much to waiting for it on a machine that has other work.
@@ -55,3 +56,12 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 @pytest.fixture
 def vault() -> Vault:
     return Vault(bytes(range(32)))
+
+
+@pytest.fixture
+def keystore(database_url: str, tmp_path: Path) -> Iterator[KeyStore]:
+    """A key store beside the database, of the same kind."""
+    with fresh_database("sqlite" if database_url.startswith("sqlite") else "postgresql", tmp_path) as url:
+        store = KeyStore(url)
+        yield store
+        store.close()

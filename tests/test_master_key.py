@@ -84,10 +84,14 @@ def test_the_api_does_not_start_under_another_key(database_url: str, tmp_path: P
         assert api.client.get("/readyz").status_code == 200
 
 
-def test_the_api_starts_on_an_empty_database_under_any_key(database_url: str, tmp_path: Path) -> None:
-    for key in (MASTER_KEY, OTHER_KEY):
-        with running(database_url, tmp_path, master_key=key) as api:
-            assert api.client.get("/readyz").status_code == 200
+def test_a_first_start_takes_any_key_and_binds_the_database_to_it(database_url: str, tmp_path: Path) -> None:
+    """By the digest keys, which are sealed under it: nothing else is."""
+    with running(database_url, tmp_path, master_key=OTHER_KEY) as api:
+        assert api.client.get("/readyz").status_code == 200
+    with pytest.raises(VaultError, match=SAYS), running(database_url, tmp_path, master_key=MASTER_KEY) as api:
+        pass
+    with running(database_url, tmp_path, master_key=OTHER_KEY) as api:
+        assert api.client.get("/readyz").status_code == 200
 
 
 @pytest.fixture
@@ -117,7 +121,6 @@ def test_the_worker_does_not_start_under_another_key(database_url: str, tmp_path
     }
     ours = make_settings(database_url, tmp_path, **knobs)
     theirs = make_settings(database_url, tmp_path, **knobs, master_key=OTHER_KEY)
-    prepare(theirs)  # the database is empty
     context = prepare(ours)
     submit(context.sessions, context.vault)
     with pytest.raises(VaultError, match=SAYS):

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from app import active_set, approval, job_queue, lifecycle
 from app.active_set import TrainedGate
-from app.errors import LeaseLost, ModeMismatch, NotReady, StaleActiveSet, VaultError
+from app.errors import LeaseLost, ModeMismatch, NotReady, ShareMissing, StaleActiveSet, VaultError
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode
 from app.stack import Stack
@@ -76,9 +76,9 @@ class Job:
         except CancelRequested:
             self.commit(lambda session: lifecycle.finish_cancelled(session, claim))
             outcome = "cancelled"
-        except Stopped as stopped:
-            waits = isinstance(stopped, SetUnreadable)
-            outcome = self.end_stopped()
+        except (Stopped, ShareMissing) as stopped:  # the latter: this worker's key store is not the request's
+            waits = isinstance(stopped, SetUnreadable | ShareMissing)
+            outcome = self.end_stopped() + (f": {stopped.detail}" if isinstance(stopped, ShareMissing) else "")
         except JobFailed as failure:
             self.end_failed(failure)
             outcome = f"failed ({failure.code})"

@@ -12,14 +12,16 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 from celery import signals
 from sqlalchemy import Engine
 
-from app import active_set, broker, db, tracing
+from app import active_set, broker, db, shredding, tracing
 from app.defaults import load_arguments, resolve_retain
 from app.errors import LetheonError, ModeMismatch
+from app.reconcile import make_ready
 from app.settings import Settings, get_settings
 from app.tracebacks import where
 from app.vault import Vault
@@ -67,6 +69,7 @@ def run(settings: Settings) -> int:
         max_attempts=settings.max_attempts,
         on_death=on_death,
         idempotency_hours=settings.idempotency_hours,
+        shred=lambda: shredding.finish(context.sessions, context.vault),
     )
 
     deliveries = Deliveries(context.sessions, context.vault, settings, on_death=on_death)
@@ -104,6 +107,7 @@ def run(settings: Settings) -> int:
         trainer.join()  # the checkpoint is being stored
         reaper.join()
         deliveries.join()
+        context.vault.close()
         if stop_tracing is not None:
             stop_tracing()
     return 1 if trainer.crashed or reaper.crashed or deliveries.crashed else int(worker.exitcode or 0)
@@ -129,9 +133,8 @@ def prepare(settings: Settings) -> Context:
     db.check_schema(engine)
     check_mode(engine, settings)
     vault = Vault.from_settings(settings)
-    sessions = db.make_sessions(engine)
-    with sessions() as session:
-        active_set.check_master_key(session, vault)
+    sessions = db.make_sessions(engine, keep_texts=timedelta(hours=settings.keep_texts_hours))
+    make_ready(sessions, vault)
     llm = FrozenLLM.load(**load_arguments(settings))
     rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
     limit = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)

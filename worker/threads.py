@@ -155,7 +155,10 @@ class Trainer(_Service):
 
 
 class Reaper(_Service):
-    """Reclaims expired leases, rings for what waits, then ends what has run out."""
+    """Reclaims expired leases, rings for what waits, ends what has run out and shreds what is due.
+
+    ``shred`` destroys the key shares of what was shredded.
+    """
 
     def __init__(
         self,
@@ -167,6 +170,7 @@ class Reaper(_Service):
         max_attempts: int,
         on_death: Callable[[], None],
         idempotency_hours: float = 24.0,
+        shred: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__("reaper", every=every, on_death=on_death)
         self._idempotency_hours = idempotency_hours
@@ -174,6 +178,7 @@ class Reaper(_Service):
         self._announce = announce
         self._ring_seconds = ring_seconds
         self._max_attempts = max_attempts
+        self._shred = shred
 
     def work(self) -> None:
         with self._sessions.begin() as session:
@@ -193,3 +198,6 @@ class Reaper(_Service):
                 log.info("%s: expired", request_id)
         with self._sessions.begin() as session:
             idempotency.forget_old(session, hours=self._idempotency_hours)
+        with self._sessions.begin() as session:
+            job_queue.shred_due(session)
+        self._shred()

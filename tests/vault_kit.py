@@ -1,0 +1,95 @@
+"""Copies of databases, as backups are, and what can be opened with them."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from databases import postgres_admin_url
+from floor import Sessions
+from psycopg import sql
+from sqlalchemy import Engine, make_url, select
+
+from app import active_set
+from app.errors import VaultError
+from app.keystore import KeyStore
+from app.lifecycle import texts_aad
+from app.tables import PendingShred, Prompt, UnlearnRequest
+from app.vault import Vault, share_id
+
+OLD, NEW = bytes(range(32)), bytes(range(100, 132))
+
+
+@contextmanager
+def backup(engine: Engine, folder: Path) -> Iterator[str]:
+    """A real copy of the database as it is now: of the file, or by PostgreSQL from a template. Yields its URL."""
+    url = engine.url.render_as_string(hide_password=False)
+    engine.dispose()
+    name = f"letheon_copy_{secrets.token_hex(8)}"
+    if engine.dialect.name == "sqlite":
+        shutil.copy(str(engine.url.database), folder / f"{name}.db")
+        yield f"sqlite:///{folder / name}.db"
+        return
+    admin_url = postgres_admin_url()
+    assert admin_url is not None
+    with psycopg.connect(admin_url, autocommit=True) as admin:
+        names = sql.Identifier(name), sql.Identifier(str(engine.url.database))
+        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(*names))
+        try:
+            yield make_url(url).set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+        finally:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def sharing(keystore: KeyStore | None, *masters: bytes) -> Vault:
+    """A vault with these master keys, the first of them current."""
+    first, *previous = masters or (OLD,)
+    return Vault(first, previous=previous, keystore=keystore)
+
+
+def texts_open(sessions: Sessions, vault: Vault, request_id: str) -> bool:
+    with sessions() as session:
+        row = session.get_one(UnlearnRequest, request_id)
+    if row.sealed_texts is None:
+        return False
+    try:
+        vault.open(row.wrapped_key, row.sealed_texts, aad=texts_aad(row.id))
+    except VaultError:
+        return False
+    return True
+
+
+def prompt_opens(sessions: Sessions, vault: Vault, prompt_id: str) -> bool:
+    with sessions() as session:
+        row = active_set.get_prompt(session, prompt_id)
+    try:
+        active_set.open_prompt(vault, row)
+    except VaultError:
+        return False
+    return True
+
+
+def pending(sessions: Sessions) -> set[bytes]:
+    with sessions() as session:
+        return set(session.scalars(select(PendingShred.share_id)))
+
+
+def share_of(sessions: Sessions, row_id: str) -> bytes:
+    """The id of the share that a request's or a prompt's key needs."""
+    table = Prompt if row_id.startswith("prm_") else UnlearnRequest
+    with sessions() as session:
+        found = share_id(session.get_one(table, row_id).wrapped_key)
+    assert found is not None
+    return found
+
+
+def on_disk(keystore: KeyStore) -> bytes:
+    """The file of a key store and its log, read by a child: closing them here would drop SQLite's locks."""
+    path = Path(str(make_url(keystore._url).database))
+    files = [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
+    return subprocess.run(["cat", *files], capture_output=True, check=True).stdout
