@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app import cli_admin, cli_doctor, cli_local, cli_remote, cli_vault, cli_webhooks
+from app import cli_admin, cli_audit, cli_doctor, cli_local, cli_remote, cli_vault, cli_webhooks
 from app.cli_output import CommandGroup, note
 from app.defaults import resolve_model, resolve_retain
 from app.settings import get_settings
@@ -35,6 +35,8 @@ app.add_typer(cli_admin.prompts, name="prompts")
 app.add_typer(cli_admin.active_sets, name="active-sets")
 app.add_typer(cli_local.keys_app, name="keys")
 app.add_typer(cli_vault.vault_app, name="vault")
+app.add_typer(cli_audit.audit_app, name="audit")
+app.add_typer(cli_audit.receipt, name="receipt")
 app.command("doctor")(cli_doctor.doctor)
 
 

@@ -24,6 +24,7 @@ from app.errors import LetheonError
 from app.key_file import FORMER
 from app.keystore import KeyStore
 from app.settings import Settings, get_settings
+from app.signing_key import verify_audit
 from app.vault import Vault
 
 
@@ -168,7 +169,9 @@ def _audit(settings: Settings) -> tuple[str, str]:
         return "warn", "no database yet"
     try:
         with db.make_sessions(engine)() as session:
-            return "ok", f"{audit.verify(session)} entries, chain intact"
+            if settings.master_key is None and not (settings.home / "master.key").exists():  # asking would make one
+                return "ok", f"{audit.verify(session)} entries, chain intact; signatures need the master key"
+            return "ok", f"{verify_audit(session, Vault.from_settings(settings))} entries, chain intact"
     finally:
         engine.dispose()
 

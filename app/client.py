@@ -120,6 +120,9 @@ class Client:
     def show(self, request_id: str) -> dict[str, Any]:
         return self._call("GET", f"/unlearn-requests/{_segment(request_id)}")
 
+    def receipt(self, request_id: str) -> dict[str, Any]:
+        return self._call("GET", f"/unlearn-requests/{_segment(request_id)}/receipt")
+
     def list(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
         return self._call("GET", "/unlearn-requests", params=_params(limit=limit, cursor=cursor, state=state))
 

@@ -1,4 +1,7 @@
-"""Keys of the deployment that must outlive the master key: random or derived once, sealed, in the table ``secrets``."""
+"""Keys of the deployment that must outlive the master key: random or derived once, sealed, in the table ``secrets``.
+
+A row holds its own data key, wrapped, and the secret sealed under that. Nothing here commits.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,37 @@ if TYPE_CHECKING:
 
 def load_or_create(session: Session, vault: Vault, name: str, make: Callable[[], bytes]) -> bytes:
     """The secret of this name; of processes that start together, all get the first one's. Raises VaultError."""
-    found = _read(session, name)
+    found = find(session, vault, name)
     if found is None:
-        db.begin_write(session)
-        key = vault.new_key()
-        sealed = key + vault.seal(key, make(), aad=_aad(name))
-        dialect: Any = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-        row = dialect.insert(Secret).values(name=name, wrapped=sealed, created_at=utcnow())
-        session.execute(row.on_conflict_do_nothing(index_elements=[Secret.name]))
-        found = _read(session, name)
+        add(session, vault, name, make())
+        found = find(session, vault, name)
         assert found is not None
-    key, payload = vault.split(found)
-    return vault.open(key, payload, aad=_aad(name))
+    return found
+
+
+def find(session: Session, vault: Vault, name: str) -> bytes | None:
+    """Raises VaultError when it is there and does not open: it is never replaced."""
+    stored = session.scalar(select(Secret.wrapped).where(Secret.name == name))
+    if stored is None:
+        return None
+    wrapped, payload = vault.split(stored)
+    return vault.open(wrapped, payload, aad=_aad(name))
+
+
+def add(session: Session, vault: Vault, name: str, secret: bytes) -> bool:
+    """Store it unless there is one by now; says whether this one is the one."""
+    db.begin_write(session)
+    wrapped = vault.new_key()
+    stored = wrapped + vault.seal(wrapped, secret, aad=_aad(name))
+    dialect: Any = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    # PostgreSQL waits here for another transaction that inserts the same name, and then sees its row.
+    row = dialect.insert(Secret).values(name=name, wrapped=stored, created_at=utcnow()).on_conflict_do_nothing()
+    return session.scalar(row.returning(Secret.name)) is not None
 
 
 def missing(session: Session, names: Iterable[str]) -> set[str]:
     """Which of these are not there."""
     return set(names).difference(session.scalars(select(Secret.name)))
-
-
-def _read(session: Session, name: str) -> bytes | None:
-    return session.scalar(select(Secret.wrapped).where(Secret.name == name))
 
 
 def _aad(name: str) -> str:

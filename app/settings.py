@@ -95,6 +95,9 @@ class Settings(BaseSettings):
         description="Database of the key shares, apart from the main one and from its backups: without a share nothing "
         "opens. Empty: `home`/keystore.db beside an embedded database, else no shares.",
     )
+    audit_checkpoint_seconds: float = Field(
+        default=300.0, gt=0, description="The worker signs the audit log's head this often, where it has moved."
+    )
     webhook_private: bool = Field(
         default=False, description="Webhooks may go to http:// and to loopback, private and link-local addresses."
     )

@@ -291,6 +291,7 @@ class AuditEntry(Base):
     """Append-only, hash-chained: ``hash = SHA-256(prev_hash ‖ canonical JSON of the entry)``."""
 
     __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_subject_seq", "subject", "seq"),)
 
     seq: Mapped[int] = mapped_column(BigIntPk, primary_key=True, autoincrement=False)
     at: Mapped[datetime]

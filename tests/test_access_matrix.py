@@ -31,6 +31,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("GET", "/unlearn-requests"): {"requests"} | READS_ALL,
     ("GET", "/unlearn-requests/{request_id}"): {"requests"} | READS_ALL,
     ("GET", "/unlearn-requests/{request_id}/events"): {"requests"} | READS_ALL,
+    ("GET", "/unlearn-requests/{request_id}/receipt"): {"requests"} | READS_ALL,
     ("POST", "/unlearn-requests/{request_id}/cancel"): {"requests", "admin"},
     ("POST", "/unlearn-requests/{request_id}/approve"): {"approve"},
     ("POST", "/unlearn-requests/{request_id}/reject"): {"approve"},
@@ -49,6 +50,10 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("GET", "/admin/active-sets"): {"admin", "auditor"},
     ("GET", "/admin/active-sets/{version}"): {"admin", "auditor"},
     ("POST", "/admin/active-sets/{version}/restore"): {"admin"},
+    ("GET", "/admin/audit"): {"admin", "auditor"},
+    ("GET", "/admin/audit/export"): {"admin", "auditor"},
+    ("GET", "/admin/audit/checkpoint"): {"admin", "auditor"},
+    ("GET", "/admin/audit/public-key"): {"admin", "auditor"},
     ("GET", "/metrics"): {"metrics"},
 }
 """One of these scopes is enough."""
@@ -56,6 +61,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
 OTHERS: dict[tuple[str, str], set[str]] = {
     ("GET", "/unlearn-requests/{request_id}"): READS_ALL,
     ("GET", "/unlearn-requests/{request_id}/events"): READS_ALL,
+    ("GET", "/unlearn-requests/{request_id}/receipt"): READS_ALL,
     ("POST", "/unlearn-requests/{request_id}/cancel"): {"admin"},
     ("POST", "/unlearn-requests/{request_id}/approve"): {"approve"},
     ("POST", "/unlearn-requests/{request_id}/reject"): {"approve"},

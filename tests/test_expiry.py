@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from app import active_set, audit, expiry, idempotency, keys, lifecycle
 from app.errors import LeaseLost
 from app.tables import IdempotencyKey, Prompt, UnlearnRequest, utcnow
 from app.vault import Vault
+from worker.chores import end_expired, forget_old_keys
 from worker.threads import Reaper
 
 Sessions = sessionmaker[Session]
@@ -119,8 +121,9 @@ def test_the_reaper_ends_what_has_run_out_and_forgets_old_keys(sessions: Session
         session.execute(update(UnlearnRequest).values(expires_at=past))
     rung: list[Any] = []
     died = threading.Event()
+    chores = [partial(end_expired, sessions), partial(forget_old_keys, sessions, 47.0)]
     reaper = Reaper(
-        sessions, rung.append, every=0.05, ring_seconds=60, max_attempts=3, on_death=died.set, idempotency_hours=47
+        sessions, rung.append, every=0.05, ring_seconds=60, max_attempts=3, on_death=died.set, chores=chores
     )
     reaper.start()
 

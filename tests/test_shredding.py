@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import pytest
 from floor import activate, must_take, state, submit
@@ -22,6 +23,7 @@ from app.keystore import KeyStore
 from app.lifecycle import Claim
 from app.tables import AuditEntry, Checkpoint, UnlearnRequest, utcnow
 from app.vault import Vault
+from worker.chores import shred_due
 from worker.threads import Reaper
 
 Sessions = sessionmaker[Session]
@@ -143,7 +145,7 @@ def test_kill_9_anywhere_leaves_all_or_is_finished_by_the_reaper(
         ring_seconds=60,
         max_attempts=3,
         on_death=died.set,
-        shred=lambda: shredding.finish(sessions, sealing),
+        chores=[partial(shred_due, sessions, sealing)],
     )
     reaper.start()
     wait_for(lambda: pending(sessions) == set(), "the reaper")

@@ -39,7 +39,7 @@ from models.training import TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries
 from worker.context import UNREADABLE, Context, retain_set, stack_reader
 from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word, record_of
-from worker.knobs import training_config
+from worker.knobs import conditions, training_config
 from worker.reporting import Reporter
 from worker.routed import fit_and_check, surroundings, trained_gate
 from worker.threads import TRANSIENT, Heartbeat
@@ -270,6 +270,7 @@ class Job:
                 "resumed_from": result.resumed_from,
                 "attempt": self.claim.attempt,
                 "earlier_tries": list(tries),
+                **conditions(self.settings, self.context.llm),
             }
             if not report.passed:
                 raise ChecksFailed("; ".join(report.violations), metrics)

@@ -7,6 +7,7 @@ from typing import Any
 
 from app.settings import Mode, Settings
 from models.evaluation import CheckLimits
+from models.llm import FrozenLLM
 from models.surroundings import MIXED_EPOCHS, ROUTED_TRAINING
 from models.training import TrainingConfig
 
@@ -27,3 +28,16 @@ def training_config(settings: Settings, options: dict[str, Any], *, subjects: in
 
 def check_limits(settings: Settings) -> CheckLimits:
     return CheckLimits(settings.min_forget_abstain, settings.max_retain_drop, settings.max_class_drop)
+
+
+def conditions(settings: Settings, llm: FrozenLLM) -> dict[str, Any]:
+    """What figures were found with, kept beside them: a receipt must not depend on the settings of a later day."""
+    names = ("base", "adapter", "quantization", "dtype", "template")
+    limits = ["min_forget_abstain", "max_retain_drop", "max_class_drop"]
+    if settings.mode == Mode.ROUTED:
+        limits += ["max_false_claim_rate", "max_certain_claim_rate", "max_total_claim_rate"]
+    words = {"labels": settings.labels, "generic_labels": settings.generic_labels}
+    return {
+        "identity": {**{name: llm.identity[name] for name in names}, **words},
+        "limits": {name: getattr(settings, name) for name in limits},
+    }

@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from celery import signals
 from sqlalchemy import Engine
 
-from app import active_set, broker, db, shredding, tracing
+from app import active_set, broker, db, tracing
 from app.defaults import load_arguments, resolve_retain
 from app.errors import LetheonError, ModeMismatch
 from app.reconcile import make_ready
@@ -28,6 +29,7 @@ from app.vault import Vault
 from models.errors import DatasetError, ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
+from worker.chores import end_expired, forget_old_keys, shred_due, sign_audit_log
 from worker.context import Context
 from worker.deliveries import Deliveries
 from worker.tasks import recheck_active_set, run_job
@@ -68,8 +70,12 @@ def run(settings: Settings) -> int:
         ring_seconds=settings.ring_seconds,
         max_attempts=settings.max_attempts,
         on_death=on_death,
-        idempotency_hours=settings.idempotency_hours,
-        shred=lambda: shredding.finish(context.sessions, context.vault),
+        chores=[
+            partial(end_expired, context.sessions),
+            partial(forget_old_keys, context.sessions, settings.idempotency_hours),
+            partial(shred_due, context.sessions, context.vault),
+            partial(sign_audit_log, context.sessions, context.vault, settings.audit_checkpoint_seconds),
+        ],
     )
 
     deliveries = Deliveries(context.sessions, context.vault, settings, on_death=on_death)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, expiry, idempotency, job_queue
+from app import db, job_queue
 from app.errors import LeaseLost
 from app.lifecycle import Claim
 from app.tracebacks import where
@@ -155,10 +155,7 @@ class Trainer(_Service):
 
 
 class Reaper(_Service):
-    """Reclaims expired leases, rings for what waits, ends what has run out and shreds what is due.
-
-    ``shred`` destroys the key shares of what was shredded.
-    """
+    """Reclaims expired leases, then rings for what waits, then does its ``chores`` (``worker.chores``)."""
 
     def __init__(
         self,
@@ -169,16 +166,14 @@ class Reaper(_Service):
         ring_seconds: float,
         max_attempts: int,
         on_death: Callable[[], None],
-        idempotency_hours: float = 24.0,
-        shred: Callable[[], object] = lambda: None,
+        chores: Sequence[Callable[[], None]] = (),
     ) -> None:
         super().__init__("reaper", every=every, on_death=on_death)
-        self._idempotency_hours = idempotency_hours
+        self._chores = chores
         self._sessions = sessions
         self._announce = announce
         self._ring_seconds = ring_seconds
         self._max_attempts = max_attempts
-        self._shred = shred
 
     def work(self) -> None:
         with self._sessions.begin() as session:
@@ -189,15 +184,10 @@ class Reaper(_Service):
             due = job_queue.ring_due(session, ring_seconds=self._ring_seconds)
         for request_id in due:  # after the commit: a message must never be ahead of its row
             self._announce(request_id)
-        with self._sessions() as session:
-            expired = expiry.due(session)
-        for request_id in expired:
-            with self._sessions.begin() as session:
-                ended = expiry.expire(session, request_id)
-            if ended:
-                log.info("%s: expired", request_id)
-        with self._sessions.begin() as session:
-            idempotency.forget_old(session, hours=self._idempotency_hours)
-        with self._sessions.begin() as session:
-            job_queue.shred_due(session)
-        self._shred()
+        for chore in self._chores:
+            try:
+                chore()
+            except (
+                SQLAlchemyError
+            ) as error:  # the key store's may be another one than the rest's
+                log.warning("%s: the database failed in a chore (%s)", self.name, type(error).__name__)

@@ -37,6 +37,7 @@ def upgrade() -> None:
         batch.add_column(sa.Column("revoke_code", sa.String(length=30), nullable=True))
         batch.add_column(sa.Column("revoke_asked_by", sa.String(length=40), nullable=True))
         batch.add_column(sa.Column("revoke_asked_at", TIME, nullable=True))
+    op.create_index("ix_audit_log_subject_seq", "audit_log", ["subject", "seq"])
     op.create_table(
         "audit_checkpoints",
         sa.Column("seq", BIG, autoincrement=False, nullable=False),
@@ -124,6 +125,7 @@ def downgrade() -> None:
     for table in ("webhook_deliveries", "webhooks", "idempotency_keys", "pending_shreds", "secrets"):
         op.drop_table(table)
     op.drop_table("audit_checkpoints")
+    op.drop_index("ix_audit_log_subject_seq", "audit_log")
     with op.batch_alter_table("prompts") as batch:
         for column in ("revoke_code", "revoke_asked_by", "revoke_asked_at"):
             batch.drop_column(column)

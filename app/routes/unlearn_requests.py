@@ -12,7 +12,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from app import idempotency, lifecycle, terms
+from app import idempotency, lifecycle, receipts, terms
+from app.audit_schemas import SignedReceipt
 from app.auth import READS_ALL, CancellingCaller, ReaderCaller, RequestsCaller
 from app.broker import enqueue_training
 from app.deps import Cursor, Limit, RequestId, Service, ServiceDep
@@ -36,6 +37,7 @@ from app.limits import check_count, check_steps, check_texts
 from app.problems import UnsupportedMediaType, problems
 from app.quotas import check_request_quota
 from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
+from app.signing import canonical
 from app.tables import LIVE, RequestEvent, RequestState, utcnow
 
 router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, InvalidInput, RateLimited))
@@ -192,6 +194,17 @@ def get_unlearn_request(caller: ReaderCaller, request_id: RequestId, service: Se
     """State, progress, metrics and, if it failed, why. 404 for another key's, unless with a scope that reads all."""
     with service.sessions() as session:
         return lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL))
+
+
+@router.get(
+    "/unlearn-requests/{request_id}/receipt", response_model=SignedReceipt, responses=problems(NotFound, Conflict)
+)
+def get_receipt(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> Response:
+    """What was done about a request, signed: the same bytes as long as nothing happens to it. 409 while it is open."""
+    with service.sessions.begin() as session:  # the very first receipt makes the signing key
+        request = lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL))
+        document = receipts.build(session, service.vault, request)
+    return Response(canonical(document), media_type="application/json")
 
 
 @router.post(

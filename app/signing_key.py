@@ -1,0 +1,46 @@
+"""The deployment's signing key: made on first use, kept among its secrets, named by the log. Nothing here commits."""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app import audit
+from app.audit_chain import AuditBroken
+from app.deployment_secrets import add, find, load_or_create
+from app.signing import PublicKey, Signer, new_private_key
+from app.tables import AuditCheckpoint
+from app.vault import Vault
+
+SIGNING = "signing"
+
+
+def load_signer(session: Session, vault: Vault) -> Signer:
+    """The key that signs checkpoints and receipts, made on first use, which the log tells. Raises VaultError.
+
+    The caller commits, and has appended nothing to the log yet: rows first, the chain last.
+    """
+    found = find(session, vault, SIGNING)
+    if found is None:
+        made = new_private_key()
+        if add(session, vault, SIGNING, made):
+            public = Signer(made).public
+            detail = {"key_id": public.key_id, "public_key": public.hex()}
+            audit.append(session, actor="system", action="signing_key.created", subject=SIGNING, detail=detail)
+        found = load_or_create(session, vault, SIGNING, new_private_key)
+    return Signer(found)
+
+
+def find_public_key(session: Session, vault: Vault) -> PublicKey | None:
+    """None while nothing was ever signed. Raises VaultError."""
+    found = find(session, vault, SIGNING)
+    return None if found is None else Signer(found).public
+
+
+def verify_audit(session: Session, vault: Vault) -> int:
+    """``audit.verify`` with the deployment's own key. Raises AuditBroken, VaultError."""
+    public = find_public_key(session, vault)
+    first = session.scalar(select(func.min(AuditCheckpoint.seq)))
+    if public is None and first is not None:
+        raise AuditBroken("there are signed checkpoints, and the key that signed them is gone", seq=first)
+    return audit.verify(session, public)
