@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import audit, audit_export
 from app.audit_chain import CHECKPOINT, GENESIS, checkpoint_statement, entry_hash
-from app.deployment_secrets import load_signer
 from app.signing import Signer
+from app.signing_key import load_signer
 from app.tables import AuditCheckpoint, AuditEntry
 from app.vault import Vault
 

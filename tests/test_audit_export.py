@@ -344,7 +344,7 @@ def test_over_http(database_url: str, tmp_path: Path) -> None:
             assert_problem(api.client.get(f"/admin/audit{path}"), 401, "unauthenticated")
             others = api.key("requests", "classify", "scores", "approve", "metrics")
             problem = assert_problem(api.client.get(f"/admin/audit{path}", headers=others), 403, "forbidden")
-            assert "'auditor' or 'admin'" in problem["detail"]
+            assert "'auditor', 'admin'" in problem["detail"]
 
         rewrite_database(api.service.sessions, 1)
         for path in ("/export", "/checkpoint"):

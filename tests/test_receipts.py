@@ -195,7 +195,7 @@ def train(api: Api, folder: Path, mode: Mode, texts: list[str]) -> str:
 def test_the_same_bytes_from_two_servers_and_nothing_typed(database_url: str, tmp_path: Path, mode: Mode) -> None:
     texts = [item.text for item in forget_texts(5)]
     with running(database_url, tmp_path / "a", mode=mode) as api, running(database_url, tmp_path / "b") as other:
-        headers = api.key("requests")
+        headers = api.key("requests", "auditor")  # trained below for another key
         pending = api.submit(headers)["id"]
         assert_problem(api.client.get(f"/unlearn-requests/{pending}/receipt", headers=headers), 409, "conflict")
         unknown = f"/unlearn-requests/req_{'0' * 28}/receipt"

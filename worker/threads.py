@@ -187,7 +187,5 @@ class Reaper(_Service):
         for chore in self._chores:
             try:
                 chore()
-            except (
-                SQLAlchemyError
-            ) as error:  # the key store's may be another one than the rest's
+            except SQLAlchemyError as error:  # the key store's may be another one than the rest's
                 log.warning("%s: the database failed in a chore (%s)", self.name, type(error).__name__)
