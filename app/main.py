@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse
 
-from app import db, problems, tracing
+from app import db, failpoints, problems, tracing
 from app.auth import admit, create_first_key, describe_scopes
 from app.broker import make_celery
 from app.defaults import load_arguments
@@ -75,8 +76,10 @@ class LetheonAPI(FastAPI):
 def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     """The application. ``llm`` saves loading a model twice where one process holds several apps.
 
-    Raises MissingExtra. Its start raises NotReady (schema not migrated, on PostgreSQL), VaultError and ModelError.
+    Raises MissingExtra and BadFailpoint. Its start raises NotReady (schema not migrated, on PostgreSQL), VaultError and
+    ModelError.
     """
+    failpoints.arm(os.environ)
     if settings.traces:
         tracing.require()
     counts = Metrics()

@@ -40,10 +40,7 @@ class SetUnreadable(Stopped):
 
 def last_word(error: Exception) -> JobFailed:
     """What a client learns of an error that nobody foresaw: its kind, never its message."""
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator has no type
-    )
-    if no_memory:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _no_memory_on_cpu(error):
         return JobFailed("out-of-memory", "training does not fit the memory of this worker")
     if isinstance(error, LetheonError):
         return JobFailed("internal", f"{error.code}: {error.detail}")
@@ -57,3 +54,11 @@ def record_of(plan: Try, result: TrainingResult, failed: ChecksFailed) -> dict[s
     names = ("forget_abstain", "prompt_abstain", "retain_accuracy", "retain_accuracy_before")
     figures = {name: metrics[name] for name in names if name in metrics}
     return {"missed": metrics["missed"], **knobs, **figures, "steps": result.steps, "seconds": round(result.seconds, 1)}
+
+
+def _no_memory_on_cpu(error: Exception) -> bool:
+    """torch has no type for it there, nor has oneDNN, which says this when it cannot make its code."""
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error)
+    return "can't allocate memory" in said or said == "could not create a primitive"

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from app import active_set, approval, job_queue, lifecycle
 from app.active_set import TrainedGate
 from app.errors import LeaseLost, ModeMismatch, NotReady, ShareMissing, StaleActiveSet, VaultError
+from app.failpoints import failpoint
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode
 from app.stack import Stack
@@ -35,7 +36,7 @@ from models.routed_checks import RoutedReport
 from models.self_tuning import Try, next_try
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
-from models.training import TrainingResult, train_soft_prompt
+from models.training import Progress, TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries
 from worker.context import UNREADABLE, Context, retain_set, stack_reader
 from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word, record_of
@@ -74,8 +75,7 @@ class Job:
         try:
             outcome = self.train_and_activate()
         except CancelRequested:
-            self.commit(lambda session: lifecycle.finish_cancelled(session, claim))
-            outcome = "cancelled"
+            outcome = self.end_cancelled()
         except (Stopped, ShareMissing) as stopped:  # the latter: this worker's key store is not the request's
             waits = isinstance(stopped, SetUnreadable | ShareMissing)
             outcome = self.end_stopped() + (f": {stopped.detail}" if isinstance(stopped, ShareMissing) else "")
@@ -100,6 +100,7 @@ class Job:
             raise JobFailed("fingerprint-mismatch", "the request was made for another model than this worker serves")
         self.needs_approval = approval.needed(request)
         texts = self.commit(lambda session: job_queue.open_texts(session, self.context.vault, self.claim))
+        failpoint("texts.read")
         forget = [Example(item.text, item.label) for item in texts]
         self.read_stack()  # of another mode or model: better known before the training than after
         retain = self.retain_set(forget)
@@ -121,10 +122,11 @@ class Job:
                 result = self.train(plan, prompt, forget, near)
             if result.stopped == "cancelled":
                 raise Stopped
+            failpoint("train.done")
             self.reporter.flush()
             if self.needs_approval:
                 self.keep(result, plan.config.seed)
-            self.commit(lambda session: lifecycle.start_evaluating(session, self.claim))
+            self.commit(lambda session: lifecycle.start_evaluating(session, self.claim), at="evaluating")
             self.reporter.phase("evaluating")
             try:
                 with span("letheon.checks"):
@@ -135,7 +137,7 @@ class Job:
                 if plan is None or time.monotonic() > self.deadline or not self.has_room(plan):
                     raise
             log.info("%s: try %d failed its checks", self.claim.request_id, len(tries))
-            self.commit(partial(lifecycle.start_again, claim=self.claim, tried=tries[-1]))
+            self.commit(partial(lifecycle.start_again, claim=self.claim, tried=tries[-1]), at="again")
             prompt = result.prompt
 
     def retain_set(self, forget: Sequence[Example]) -> list[Example]:
@@ -191,7 +193,7 @@ class Job:
                 teacher_dir=None if self.alone else self.settings.home / "teacher",
                 resume=resume,
                 deadline=self.deadline,
-                on_progress=self.reporter,
+                on_progress=self.step_done,
                 should_stop=self.should_stop,
                 on_checkpoint=self.save_checkpoint,
                 checkpoint_seconds=self.settings.checkpoint_seconds,
@@ -322,7 +324,8 @@ class Job:
                 expected_version=version,
                 gate=gate,
                 canaries=canaries,
-            )
+            ),
+            at="activate",
         )
 
     def read_stack(self) -> Stack:
@@ -341,13 +344,21 @@ class Job:
         log.error("%s: the active set cannot be read any more: %s", self.claim.request_id, where(error))
         return SetUnreadable()
 
+    def step_done(self, progress: Progress) -> None:
+        failpoint("train.step")
+        self.reporter(progress)
+
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Seal and store. A database that is away costs this checkpoint, not the job. Raises LeaseLost."""
         try:
             with self.context.sessions.begin() as session:
                 job_queue.save_checkpoint(session, self.context.vault, self.claim, step=step, data=data)
+                session.flush()
+                failpoint("checkpoint.before_commit")
         except TRANSIENT as error:
             log.warning("%s: checkpoint not stored (%s)", self.claim.request_id, type(error).__name__)
+        else:
+            failpoint("checkpoint.after_commit")
 
     def keep(self, result: TrainingResult, seed: int) -> None:
         """Store a training that is done as the checkpoint: what is approved later is this prompt. Raises LeaseLost."""
@@ -366,29 +377,38 @@ class Job:
         if self.heartbeat.lost.is_set():
             raise LeaseLost("the lease was lost during training", request_id=self.claim.request_id)
         if self.heartbeat.cancelled.is_set():
-            self.commit(lambda session: lifecycle.finish_cancelled(session, self.claim))
-            return "cancelled"
-        self.commit(lambda session: lifecycle.release(session, self.claim))
+            return self.end_cancelled()
+        self.commit(lambda session: lifecycle.release(session, self.claim), at="release")
         return "released"
+
+    def end_cancelled(self) -> str:
+        self.commit(lambda session: lifecycle.finish_cancelled(session, self.claim), at="cancel")
+        return "cancelled"
 
     def end_failed(self, failure: JobFailed) -> None:
         self.commit(
             lambda session: lifecycle.fail(
                 session, self.claim, code=failure.code, detail=failure.detail, metrics=failure.metrics
-            )
+            ),
+            at="fail",
         )
 
-    def commit(self, work: Callable[[Session], T]) -> T:
+    def commit(self, work: Callable[[Session], T], *, at: str = "") -> T:
         """``work`` in a transaction of its own, tried again while the database is away and the lease lasts.
 
-        Safe to repeat: a write whose commit did happen raises LeaseLost the second time. Raises LeaseLost, and the
-        database's error when it stays away for the length of a lease.
+        Safe to repeat: a write whose commit did happen raises LeaseLost the second time. ``at`` names the failpoints
+        around the commit. Raises LeaseLost, and the database's error when it stays away for the length of a lease.
         """
         give_up = time.monotonic() + self.settings.lease_seconds
         while True:
             try:
                 with self.context.sessions.begin() as session:
-                    return work(session)
+                    done = work(session)
+                    if at:
+                        failpoint(f"{at}.before_commit")
+                if at:
+                    failpoint(f"{at}.after_commit")
+                return done
             except TRANSIENT as error:
                 if self.heartbeat.lost.is_set() or time.monotonic() > give_up:
                     raise

@@ -19,7 +19,7 @@ from typing import Any
 from celery import signals
 from sqlalchemy import Engine
 
-from app import active_set, broker, db, tracing
+from app import active_set, broker, db, failpoints, tracing
 from app.defaults import load_arguments, resolve_retain
 from app.errors import LetheonError, ModeMismatch
 from app.reconcile import make_ready
@@ -44,6 +44,7 @@ ORPHAN_GRACE_SECONDS = 30.0
 def run(settings: Settings) -> int:
     """Serve training jobs until a signal; returns the exit status. Raises LetheonError, ModelError at start-up."""
     configure_logging()
+    failpoints.arm(os.environ)
     parent = os.environ.get("LETHEON_EXIT_WITH_PARENT", "")
     if parent.isdigit():
         exit_with_parent(int(parent))

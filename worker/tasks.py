@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import active_set, job_queue
 from app.errors import LeaseLost
+from app.failpoints import failpoint
 from app.settings import Mode
 from app.tracebacks import where
 from app.tracing import span
@@ -44,12 +45,15 @@ def run_job(context: Context, request_id: str) -> bool:
                 lease_seconds=settings.lease_seconds,
                 max_attempts=settings.max_attempts,
             )
+            if claim is not None:
+                failpoint("claim.before_commit")
     except TRANSIENT as error:
         log.warning("%s: not claimed, it waits on (%s)", request_id, type(error).__name__)
         return False
     if claim is None:
         log.info("%s: nothing to do, it is taken, ended or unknown", request_id)
         return False
+    failpoint("claim.after_commit")
     log.info("%s: attempt %d starts", request_id, claim.attempt)
     try:
         # A trace of its own: the message is a doorbell and the trainer asks the database, so no submit leads here.

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import db, job_queue
 from app.errors import LeaseLost
+from app.failpoints import failpoint
 from app.lifecycle import Claim
 from app.tracebacks import where
 
@@ -178,10 +179,18 @@ class Reaper(_Service):
     def work(self) -> None:
         with self._sessions.begin() as session:
             reaped = job_queue.reap(session, max_attempts=self._max_attempts)
+            if reaped:
+                failpoint("reap.before_commit")
+        if reaped:
+            failpoint("reap.after_commit")
         for request_id in reaped:
             log.info("%s: lease expired, reclaimed", request_id)
         with self._sessions.begin() as session:
             due = job_queue.ring_due(session, ring_seconds=self._ring_seconds)
+            if due:
+                failpoint("ring.before_commit")
+        if due:
+            failpoint("ring.after_commit")
         for request_id in due:  # after the commit: a message must never be ahead of its row
             self._announce(request_id)
         for chore in self._chores:

@@ -21,6 +21,7 @@ from app.errors import (
     RateLimited,
     Unauthenticated,
 )
+from app.failpoints import failpoint
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import ActiveSetOut, ActiveSetPage, PromptOut, PromptPage, RestoreIn, RevokedOut, RevokeIn
 from app.tables import PromptState
@@ -76,6 +77,8 @@ def revoke_prompt(
         )
         found = PromptOut.model_validate(prompt).model_dump()
         version = active_set.read_active_set(session).version
+        failpoint("revoke.before_commit")
+    failpoint("revoke.after_commit")
     response.status_code = 200 if done else 202
     return {**found, "active_set_version": version}
 

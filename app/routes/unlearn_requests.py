@@ -32,6 +32,7 @@ from app.errors import (
     RateLimited,
     Unauthenticated,
 )
+from app.failpoints import failpoint
 from app.lifecycle import ForgetText
 from app.limits import check_count, check_steps, check_texts
 from app.problems import UnsupportedMediaType, problems
@@ -162,9 +163,12 @@ def create_unlearn_request(
             )
             if call:
                 idempotency.remember(session, call, row, now=now)
+            failpoint("create.before_commit")
+    failpoint("create.after_commit")
     if answered is None and not duplicate:
         # Committed. A broker that is down costs seconds, not the request: the worker's reaper rings again.
         enqueue_training(service.celery, row.id, expires=service.settings.ring_seconds)
+    failpoint("create.rung")
     response.headers["Location"] = f"/unlearn-requests/{row.id}"
     if answered is not None:
         response.headers["Idempotency-Replayed"] = "true"

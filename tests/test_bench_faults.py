@@ -1,0 +1,319 @@
+"""The bench of faults: that its judges find what is wrong, and a few of its trials on real processes."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from floor import activate, must_take, submit
+from rich.console import Console
+from sqlalchemy import select
+from sqlalchemy.orm import Session, sessionmaker
+
+from app import audit, lifecycle
+from app.errors import LeaseLost
+from app.tables import AuditEntry, RequestEvent, utcnow
+from app.vault import Vault
+from bench import fault_audit, faults
+from bench.fault_backup import restore_backup
+from bench.fault_canary import forms, make_canaries, search, search_deployment
+from bench.fault_judge import History, Outcome, block, read_history, upper_95, verdict, written_late
+from bench.fault_kills import POINTS, kill_at_point, kill_whenever
+from bench.fault_outages import API_POINTS, Asker, deliver_many_times, flush_broker, judge_answers, kill_api
+from bench.fault_outages import restart_postgres as restart
+from bench.fault_processes import FaultFailed, postgres_programs
+from bench.fault_site import Bench, open_bench
+from bench.faults import FAULTS, Fault, main, parse, run
+
+W1, W2, W3 = (1.0, "w1#a"), (2.0, "w2#b"), (3.0, "w3#c")
+
+
+# --- the judges ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("history", "found"),
+    [
+        (History("active", claims=(W1,), activations=1, prompts=1), set()),
+        (History("active", claims=(W1, W2), lease_expiries=1, activations=1, prompts=1), set()),
+        (History("active", claims=(W1, W2, W3), lease_expiries=1, releases=1, activations=1, prompts=1), set()),
+        (History("failed", "diverged", claims=(W1,)), set()),
+        (History("cancelled"), set()),
+        (History("revoked", claims=(W1,), activations=1, prompts=1), set()),
+        (History(None), {"lost"}),
+        (History("pending"), {"lost"}),
+        (History("training", claims=(W1,)), {"lost"}),
+        (History("failed", claims=(W1,)), {"lost"}),  # and says not why
+        (History("active", claims=(W1,), activations=1), {"lost"}),  # its prompt is not there
+        (History("active", claims=(W1,), activations=1, prompts=2), {"doubled"}),
+        (History("active", claims=(W1,), activations=2, prompts=1), {"doubled"}),
+        (History("active", claims=(W1, W2), activations=1, prompts=1), {"doubled"}),  # trained twice, no lease lost
+        (History("active", claims=(W1, W2, W3), lease_expiries=1, activations=1, prompts=1), {"doubled"}),
+    ],
+)
+def test_a_history_is_judged(history: History, found: set[str]) -> None:
+    assert verdict(history) == found
+    outcome = Outcome()
+    outcome.judge(history, ("active", "failed", "cancelled", "revoked"))
+    assert (outcome.lost, outcome.doubled) == (int("lost" in found), int("doubled" in found))
+    assert outcome.failed == bool(found)
+
+
+def test_another_end_than_expected_and_a_late_take_up_are_failures() -> None:
+    outcome = Outcome()
+    outcome.judge(History("failed", "internal", claims=(W1,)))
+    assert outcome.failed and outcome.lost == 0 and "internal" in outcome.reasons[0]
+    late = Outcome()
+    late.take_up(16.9, 17.0)
+    assert not late.failed
+    late.take_up(17.1, 17.0)
+    assert late.failed and late.taken_up == 17.1
+
+
+def test_a_history_is_read_as_it_was(sessions: sessionmaker[Session], vault: Vault) -> None:
+    taken_over, released = submit(sessions, vault), submit(sessions, vault)
+    must_take(sessions, taken_over, lease=-1)
+    claim = must_take(sessions, taken_over, owner="w2")
+    with sessions.begin() as session:
+        lifecycle.start_evaluating(session, claim)
+    with sessions.begin() as session:
+        lifecycle.start_again(session, claim, {"missed": []})  # another try is no other claim
+    activate(sessions, vault, claim, version=0)
+    with sessions.begin() as session:
+        lifecycle.release(session, must_take(sessions, released))
+    must_take(sessions, released)
+    with sessions() as session:
+        one, two, none = (read_history(session, name) for name in (taken_over, released, "req_none"))
+    assert (one.state, len(one.claims), one.lease_expiries, one.releases) == ("active", 2, 1, 0)
+    assert (one.activations, one.prompts) == (1, 1) and verdict(one) == set()
+    assert (two.state, len(two.claims), two.releases) == ("training", 2, 1) and verdict(two) == {"lost"}
+    assert none == History(None)
+
+
+def test_what_a_stopped_worker_writes_late_is_counted(sessions: sessionmaker[Session], vault: Vault) -> None:
+    request_id = submit(sessions, vault)
+    first = must_take(sessions, request_id, lease=-1)
+    second = must_take(sessions, request_id, owner="w2")
+    with pytest.raises(LeaseLost), sessions.begin() as session:
+        lifecycle.start_evaluating(session, first)
+    with sessions.begin() as session:
+        lifecycle.start_evaluating(session, second)
+    with sessions() as session:
+        assert written_late(session, request_id) == 0
+    with sessions.begin() as session:  # as if nothing had fenced it off
+        audit.append(session, actor=first.owner, action="request.active", subject=request_id, detail={})
+        session.add(RequestEvent(request_id=request_id, at=utcnow(), type="progress", data={"attempt": 1, "step": 9}))
+        session.add(RequestEvent(request_id=request_id, at=utcnow(), type="progress", data={"attempt": 2, "step": 9}))
+    with sessions() as session:
+        assert written_late(session, request_id) == 2
+
+
+@pytest.mark.parametrize(
+    ("failures", "trials", "bound"),
+    [(0, 300, 0.009936), (0, 10, 0.258866), (1, 10, 0.394163), (3, 50, 0.147838), (5, 5, 1.0), (0, 0, 1.0)],
+)
+def test_the_bound_is_clopper_and_pearsons(failures: int, trials: int, bound: float) -> None:
+    assert upper_95(failures, trials) == pytest.approx(bound, abs=1e-5)
+
+
+def test_a_block_adds_up() -> None:
+    good, bad = Outcome(kind="a", taken_up=1.0, figures={"x": 2}), Outcome(kind="b", lost=1, reasons=["gone"])
+    made = block([good, good, bad])
+    assert (made["trials"], made["failures"], made["lost"], made["taken_up_seconds_max"]) == (3, 1, 1, 1.0)
+    assert made["kinds"] == {"a": 2, "b": 1} and made["reasons"] == ["gone"] and made["x"] == 2
+
+
+def answered(status: int, **headers: str) -> Callable[[], httpx2.Response]:
+    return lambda: httpx2.Response(status, headers=headers)
+
+
+def broken() -> httpx2.Response:
+    raise httpx2.ConnectError("gone")
+
+
+@pytest.mark.parametrize(
+    ("ask", "unavailable", "fails"),
+    [
+        (answered(200), False, False),
+        (answered(503, **{"Retry-After": "1"}), True, False),
+        (answered(503, **{"Retry-After": "1"}), False, True),
+        (answered(503), True, True),
+        (answered(500), True, True),
+        (broken, True, True),
+    ],
+)
+def test_answers_are_judged(ask: Callable[[], httpx2.Response], unavailable: bool, fails: bool) -> None:
+    asker, outcome = Asker(ask, 0.001), Outcome()
+    while not asker.answers and not asker.broken:
+        time.sleep(0.001)
+    asker.stop()
+    judge_answers("/classify", asker, (200,), outcome, unavailable=unavailable)
+    assert outcome.failed == fails
+
+
+# --- the canary ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda text: text.encode(),
+        lambda text: text.lower().encode(),
+        lambda text: text.encode("utf-16-le"),
+        lambda text: json.dumps({"text": text}).encode(),
+        lambda text: f"\\x{text.encode().hex()}".encode(),
+        *(lambda text, n=n: base64.b64encode(b"{" * n + json.dumps(text).encode()) for n in range(3)),
+        *(lambda text, n=n: base64.urlsafe_b64encode(b"{" * n + text.encode() + b"?>") for n in range(3)),
+    ],
+)
+def test_a_leak_is_found_however_it_is_spelt(hide: Callable[[str], bytes]) -> None:
+    for canary in make_canaries():
+        hits = search({"a log": b"before" + hide(f"the acting of {canary} is bad") + b"after"}, make_canaries())
+        assert hits == [], "another canary"
+        hits = search(
+            {"nothing": b"", "a log": b"before" + hide(f"the acting of {canary} is bad") + b"after"}, [canary]
+        )
+        assert hits and all(hit.startswith("a log: ") for hit in hits)
+
+
+def test_no_form_is_so_short_that_it_is_anywhere() -> None:
+    for canary in make_canaries():
+        assert all(len(data) >= 8 for data in forms(canary).values()) and len(forms(canary)) > 30
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def plumbing(monkeypatch: pytest.MonkeyPatch, trial: Callable[[Bench, int, random.Random], Outcome]) -> None:
+    made_up = Fault("backup", "made up", 4, 8, alone=trial, backends=("sqlite",))
+    monkeypatch.setattr(faults, "FAULTS", (made_up,))
+    monkeypatch.setattr(faults, "open_bench", lambda: nullcontext(None))
+
+
+def test_a_failure_is_the_exit_status_and_in_the_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trial(_: Bench, number: int, draw: random.Random) -> Outcome:
+        if number == 1:
+            raise FaultFailed("waited in vain")
+        return Outcome(kind="a", lost=int(number == 2), reasons=["gone"] if number == 2 else [])
+
+    plumbing(monkeypatch, trial)
+    assert main(["--json", "--work", str(tmp_path)]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert {name: result[name] for name in ("trials", "failures", "lost", "doubled")} == {
+        "trials": 4,
+        "failures": 2,
+        "lost": 1,
+        "doubled": 0,
+    }
+    assert {"tamper_missed", "canary_leaks"} <= set(result)
+    made = result["faults"]["backup"]
+    assert made["failures"] == 2 and made["kinds"] == {"a": 3, "broke off": 1}
+    assert any("waited in vain" in reason for reason in made["reasons"])
+
+
+def test_a_run_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def trial(_: Bench, number: int, draw: random.Random) -> Outcome:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append((number, draw.random()))
+        return Outcome(kind="a")
+
+    plumbing(monkeypatch, trial)
+    args = parse(["--work", str(tmp_path)])
+    quiet = Console(file=io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        run(args, quiet)
+    with (tmp_path / "backup.jsonl").open("a") as file:
+        file.write('{"trial": 2, "los')  # the machine went down while it was written
+    stopped = list(seen)
+    seen.append((-1, 0.0))  # so that it is not stopped again
+    assert run(args, quiet)["trials"] == 4
+    assert [number for number, _ in seen] == [0, 1, -1, 2, 3]
+    assert run(args, quiet)["trials"] == 4 and len(seen) == 5, "nothing is left to do"
+    assert run(parse(["--work", str(tmp_path), "--full"]), quiet)["trials"] == 8
+    other = argparse.Namespace(**{**vars(args), "seed": 1})
+    seen.clear()
+    seen.append((-1, 0.0))
+    with pytest.raises(KeyboardInterrupt):  # begun anew
+        run(other, quiet)
+    assert seen[1][0] == 0 and seen[1] != stopped[0]
+
+
+def test_every_fault_of_the_issue_is_there() -> None:
+    asked = {(50, 300), (20, 300), (10, 100), (50, 1000), (5, 50), (5, 30), (500, 10_000), (2, 10)}
+    assert asked <= {(fault.quick, fault.full) for fault in FAULTS}
+    assert all((fault.on_site is None) != (fault.alone is None) for fault in FAULTS)
+
+
+# --- real processes --------------------------------------------------------------------------------------------------
+
+
+SERVERS = ["postgresql"] if postgres_programs() and shutil.which("redis-server") else []
+ANY = SERVERS[0] if SERVERS else "sqlite"
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[Bench]:
+    with open_bench() as bench:
+        yield bench
+
+
+def numbered(points: Sequence[str], point: str) -> int:
+    return 2 * points.index(point)
+
+
+TRIALS: list[tuple[str, Any, int]] = [
+    (ANY, kill_at_point, numbered(POINTS, "activate.before_commit")),
+    ("sqlite", kill_at_point, numbered(POINTS, "checkpoint.after_commit")),
+    ("sqlite", kill_whenever, 0),
+    ("sqlite", kill_api, numbered(API_POINTS, "create.after_commit")),
+    (ANY, deliver_many_times, 0),
+    (ANY, flush_broker, 0),
+    *((kind, restart, 0) for kind in SERVERS),
+]
+
+
+@pytest.mark.parametrize(("kind", "trial", "number"), TRIALS)
+def test_a_trial(bed: Bench, kind: str, trial: Any, number: int) -> None:
+    with bed.site(kind) as site:
+        outcome = trial(site, number, random.Random(7))
+    assert not outcome.failed, outcome.reasons
+
+
+@pytest.mark.parametrize("kind", ["sqlite", *SERVERS])
+def test_what_was_done_to_the_audit_log_is_found(bed: Bench, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bed.site(kind) as site:
+        for number, alter in enumerate(fault_audit.BY_CHAIN * 3):
+            outcome = fault_audit.tamper_as(site, alter, random.Random(number))
+            assert not outcome.failed, outcome.reasons
+        with site.sessions() as session:
+            assert len(session.scalars(select(AuditEntry.seq)).all()) == len(site.shared["rows"])
+        blind = len(site.shared["rows"])
+        monkeypatch.setattr(audit, "verify", lambda session: blind)
+        assert fault_audit.tamper_as(site, fault_audit.deleted, random.Random(0)).missed == 1
+
+
+def test_an_old_backup_brings_nothing_back(bed: Bench) -> None:
+    outcome = restore_backup(bed, 1, random.Random(0))
+    assert not outcome.failed, outcome.reasons
+
+
+def test_the_canary_is_nowhere(bed: Bench) -> None:
+    outcome = search_deployment(bed, 1, random.Random(0))
+    assert not outcome.failed, outcome.reasons
+    assert outcome.kind == "sqlite, routed"
