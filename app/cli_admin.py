@@ -8,6 +8,7 @@ import typer
 
 from app.cli_output import CommandGroup, JsonOption, emit, note, print_table
 from app.cli_remote import make_client
+from app.errors import InvalidInput
 
 prompts = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Trained soft prompts (admin).")
 active_sets = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Active sets: history and roll-back.")
@@ -103,3 +104,17 @@ def restore(
         emit(found)
     else:
         print_table(("version", "prompts", "digest"), [(found["version"], found["size"], found["digest"][:12])])
+
+
+@active_sets.command("rollback")
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Restore the newest version that differs from the one in force. Done twice, it brings back what it took away."""
+    with make_client() as client:
+        version = client.earlier_version()
+    if version is None:
+        raise InvalidInput("there is no earlier version that differs from the one in force")
+    restore(version, reason=reason, yes=yes, as_json=as_json)

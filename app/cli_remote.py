@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app import bulk, cli_bulk
+from app import bulk, cli_bulk, cli_dry_run
 from app.bulk_rows import TEXT_FIELDS, RowFormat, is_json_line
 from app.cli_bulk import BulkOptions
 from app.cli_output import CommandGroup, JsonOption, bar, emit, note, percent, print_table, request_bar
@@ -62,12 +62,18 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait", "-w", help="Follow the request until it is active or has ended.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would do, and store nothing. Exit status 1 if it would fail.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask the server to forget texts. With --wait, exit status 1 unless the request becomes active."""
     items: list[str | dict[str, Any]] = [*(text or []), *(read_texts(file) if file is not None else [])]
     if not items:
         raise InvalidInput("nothing to forget: give --file FILE, --file - (standard input) or --text TEXT")
+    if dry_run:
+        cli_dry_run.run(make_client(), items, parse_options(option or []), as_json=as_json)
+        return
     with make_client() as client:
         request = client.submit(
             items,

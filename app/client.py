@@ -18,6 +18,7 @@ FINAL_STATES = frozenset({"active", "failed", "cancelled", "suspended", "revoked
 CLASSIFY_BATCH = 64
 _BUSY_TRIES = 5
 _SILENCE_SECONDS = 60.0  # an event stream sends a comment every 15 s, so this much silence is a dead connection
+_DRY_RUN_SECONDS = 600.0  # the server has a deadline of its own
 _GIVE_UP_SECONDS = 120.0  # a server that restarts is back by then
 
 
@@ -116,6 +117,14 @@ class Client:
             body["require_approval"] = True
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         return self._call("POST", "/unlearn-requests", json=body, headers=headers)
+
+    def dry_run(
+        self, texts: Sequence[str | dict[str, Any]], *, options: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What ``submit`` would do; nothing is stored."""
+        body = {"forget_texts": list(texts), **({"options": options} if options else {})}
+        timeout = httpx2.Timeout(_DRY_RUN_SECONDS, connect=10.0)
+        return self._call("POST", "/unlearn-requests", params={"dry_run": "true"}, json=body, timeout=timeout)
 
     def show(self, request_id: str) -> dict[str, Any]:
         return self._call("GET", f"/unlearn-requests/{_segment(request_id)}")
@@ -232,6 +241,20 @@ class Client:
 
     def restore(self, version: int, *, reason: str) -> dict[str, Any]:
         return self._call("POST", f"/admin/active-sets/{version}/restore", json={"reason": reason})
+
+    def earlier_version(self) -> int | None:
+        """The newest version of the active set that differs from the one in force."""
+        before: int | None = None
+        current: str | None = None
+        while True:
+            page = self.active_sets(limit=200, before=before)
+            for entry in page["items"]:
+                current = current or entry["digest"]
+                if entry["digest"] != current:
+                    return int(entry["version"])
+            before = page["next_before"]
+            if before is None:
+                return None
 
     # --- webhooks ----------------------------------------------------------------------------------------------------
 

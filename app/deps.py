@@ -16,6 +16,7 @@ from fastapi import Depends, Path, Query, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
+from app.dry_run import DryRuns
 from app.errors import NotFound
 from app.key_uses import KeyUses
 from app.metrics import Metrics
@@ -40,6 +41,7 @@ class Service:
     scrapes: Scrapes
     rates: RateLimits
     key_uses: KeyUses
+    dry_runs: DryRuns
     stopping: asyncio.Event  # set when the server begins to shut down: event streams end
 
 
@@ -85,4 +87,10 @@ Cursor = Annotated[
     str | None,
     # PostgreSQL refuses a NUL in a parameter; the floor checks the rest.
     Query(pattern=f"^{_ID.pattern}$", description="`next_cursor` of the page before."),
+]
+RequestCursor = Annotated[
+    str | None, Query(pattern=r"^req_[0-9a-f]{28}$", description="`next_cursor` of the page before.")
+]
+PromptCursor = Annotated[
+    str | None, Query(pattern=r"^prm_[0-9a-f]{28}$", description="`next_cursor` of the page before.")
 ]

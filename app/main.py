@@ -17,11 +17,12 @@ from fastapi import FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse
 
-from app import db, failpoints, problems, tracing
+from app import db, document, failpoints, problems, tracing
 from app.auth import admit, create_first_key, describe_scopes
 from app.broker import make_celery
 from app.defaults import load_arguments
 from app.deps import Service
+from app.dry_run import DryRuns
 from app.errors import LetheonError
 from app.key_uses import KeyUses
 from app.metrics import Metrics
@@ -61,15 +62,16 @@ class ModelFailed(LetheonError):
 
 
 class LetheonAPI(FastAPI):
-    """FastAPI, with the problem object and what scopes mean in the OpenAPI document."""
+    """FastAPI, with an OpenAPI document that tells what scopes mean and this server's limits."""
+
+    settings: Settings
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is not None:
             return self.openapi_schema
         schema = super().openapi()
         describe_scopes(schema)
-        models = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema["components"]["schemas"] |= {**models.pop("$defs"), "Problem": models}
+        document.complete(schema, self.settings)
         return schema
 
 
@@ -106,6 +108,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
         telemetry=SILENT,
     )
+    app.settings = settings
     problems.install(app)
     app.add_exception_handler(ModelError, _model_error)
     app.add_middleware(
@@ -153,6 +156,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     if first is not None:
         # Not through logging: a log is kept and shipped, this is shown once.
         print(f"Letheon: first API key (all scopes, shown only now): {first}", file=sys.stderr, flush=True)
+    dry_runs = DryRuns(serving, sessions, vault, settings)
     return Service(
         settings,
         engine,
@@ -164,6 +168,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
         scrapes,
         rates,
         key_uses,
+        dry_runs,
         stopping=asyncio.Event(),
     )
 

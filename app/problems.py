@@ -16,10 +16,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 from starlette.types import Scope
 
 from app import db
 from app.errors import BodyTooLarge, InvalidInput, LetheonError, MalformedBody, Unauthenticated
+from app.metrics import METHODS
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +148,15 @@ def _from_validation(exc: RequestValidationError) -> LetheonError:
     return invalid(errors, omitted=len(found) - len(errors))
 
 
+def _allowed(app: FastAPI, scope: Scope) -> list[str]:
+    """The methods of this path."""
+    return [
+        method
+        for method in sorted(METHODS)
+        if any(route.matches({**scope, "method": method})[0] == Match.FULL for route in app.routes)
+    ]
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers. An exception without one ends in ``middleware.RequestContext`` as a bare 500."""
 
@@ -160,7 +171,10 @@ def install(app: FastAPI) -> None:
             return problem_response(request.scope, exc.error, {"Connection": "close"})
         if exc.status_code == 400:  # FastAPI's "error parsing the body": nesting too deep, a number too long
             return problem_response(request.scope, MalformedBody("the body cannot be read as JSON"))
-        return problem_response(request.scope, _Bare(exc.status_code), exc.headers)
+        headers = dict(exc.headers or {})
+        if exc.status_code == 405:  # the framework names the methods of the first route of this path only
+            headers["Allow"] = ", ".join(_allowed(app, request.scope))
+        return problem_response(request.scope, _Bare(exc.status_code), headers)
 
     async def validation_error(request: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, RequestValidationError)

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    WithJsonSchema,
     computed_field,
     model_validator,
 )
@@ -43,8 +44,21 @@ def _no_nul(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_is_unicode), AfterValidator(_not_blank)]
-Reason = Annotated[str, StringConstraints(max_length=500), AfterValidator(_is_unicode), AfterValidator(_no_nul)]
+# The patterns are for the document; what a client is told of a breach says more than they do.
+_SOLID = WithJsonSchema({"type": "string", "pattern": r"\S"})
+Text = Annotated[str, AfterValidator(_is_unicode), AfterValidator(_not_blank), _SOLID]
+Reason = Annotated[
+    str,
+    StringConstraints(max_length=500),
+    AfterValidator(_is_unicode),
+    AfterValidator(_no_nul),
+    WithJsonSchema({"type": "string", "maxLength": 500, "pattern": r"^[^\u0000]*$"}),
+]
+SolidReason = Annotated[
+    Reason,
+    AfterValidator(_not_blank),
+    WithJsonSchema({"type": "string", "maxLength": 500, "pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}),
+]
 
 
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -105,7 +119,7 @@ def _as_object(value: Any) -> Any:
     return value
 
 
-ForgetTextItem = Annotated[ForgetTextIn, BeforeValidator(_as_object, json_schema_input_type=str | ForgetTextIn)]
+ForgetTextItem = Annotated[ForgetTextIn, BeforeValidator(_as_object, json_schema_input_type=Text | ForgetTextIn)]
 
 
 class TrainingOptions(Body):
@@ -198,7 +212,7 @@ class RejectIn(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "Not the person's own texts"}]})
 
-    reason: Annotated[Reason, AfterValidator(_not_blank)]
+    reason: SolidReason
 
 
 class UnlearnRequestPage(BaseModel):
@@ -213,7 +227,13 @@ class ClassifyIn(Body):
     """One `text`, or several `texts`; not both."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text": "A wonderful film."}, {"texts": ["Dull.", "Great cast."]}]}
+        json_schema_extra={
+            "examples": [{"text": "A wonderful film."}, {"texts": ["Dull.", "Great cast."]}],
+            "oneOf": [
+                {"required": ["text"], "properties": {"text": {"type": "string"}}},
+                {"required": ["texts"], "properties": {"texts": {"type": "array"}}},
+            ],
+        }
     )
 
     text: Text | None = None
@@ -315,7 +335,7 @@ class RestoreIn(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "Version 7 hides too much"}]})
 
-    reason: Annotated[Reason, AfterValidator(_not_blank)]
+    reason: SolidReason
 
 
 class RevokeIn(Body):
@@ -328,7 +348,7 @@ class RevokeIn(Body):
     code: Literal["withdrawn", "mistake", "harm", "superseded", "other"] = Field(
         default="other", description="Goes into the audit log, which takes no free text."
     )
-    reason: Annotated[Reason, AfterValidator(_not_blank)]
+    reason: SolidReason
 
 
 class Health(BaseModel):

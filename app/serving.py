@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from opentelemetry.trace import SpanContext
 from sqlalchemy.orm import Session, sessionmaker
@@ -37,6 +38,8 @@ STUCK = 10  # deadlines that one batch may take: after that it is not slow but l
 FAILED_BATCHES = 3  # one after another, and the fault is not with what was asked
 PROBE = "good"
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, repr=False)
 class Question:
@@ -55,6 +58,22 @@ class Answer:
     active_set_version: int
 
 
+@dataclass(frozen=True, repr=False)
+class Work:
+    """Something else for the model's thread to do, a batch of its own: no question waits longer than for another batch.
+
+    What it raises is for its caller alone and says nothing of whether batches can be answered.
+    """
+
+    run: Callable[[Classifier, Stack], Any]
+
+    def done(self, classifier: Classifier, stack: Callable[[], Stack]) -> tuple[Any, Exception | None]:
+        try:
+            return self.run(classifier, stack()), None
+        except Exception as error:
+            return None, error
+
+
 class Serving:
     """Classifies behind the active set that the database names when a batch starts (promise 2)."""
 
@@ -71,9 +90,9 @@ class Serving:
         self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode)
         self._max_prompts = settings.max_prompts_per_query
         keep_memory()  # the batcher starts the model's thread
-        self._batcher: Batcher[Question, Answer] = Batcher(
-            self._classify,
-            weigh=lambda question: len(question.texts),
+        self._batcher: Batcher[Question | Work, Any] = Batcher(
+            self._run,
+            weigh=lambda item: settings.max_batch_texts if isinstance(item, Work) else len(item.texts),
             max_batch=settings.max_batch_texts,
             max_queued=settings.max_queued_texts,
         )
@@ -118,6 +137,20 @@ class Serving:
         with self.place(len(texts), deadline) as put:
             return put(texts)
 
+    def work(self, run: Callable[[Classifier, Stack], T], *, deadline: float = math.inf) -> T:
+        """Run it in the model's thread, between batches, and wait for it; it should take no longer than a batch does.
+
+        Raises Overloaded, DeadlineExceeded, NotReady, and the ModelError that ``run`` raises.
+        """
+        found, error = self._batcher.submit(Work(run), deadline=deadline).result()
+        if isinstance(error, LetheonError | ModelError):
+            raise error
+        if error is not None:
+            log.error("a piece of work failed: %s", where(error))
+            raise NotReady(f"the model failed on this ({type(error).__name__})") from None
+        result: T = found
+        return result
+
     def check_alive(self) -> None:
         """Raises Stuck when only a new process can help."""
         if not self._batcher.alive:
@@ -142,13 +175,18 @@ class Serving:
         self._batcher.close()
         self._watcher.join(CLOSE_SECONDS)
 
+    def _run(self, items: list[Question | Work]) -> list[Any]:
+        """One batch: questions, or a piece of work, which weighs as much as a full one."""
+        questions = [item for item in items if isinstance(item, Question)]
+        answers = iter(self._classify(questions)) if questions else iter(())
+        found = [item.done(self._classifier, self._current) if isinstance(item, Work) else None for item in items]
+        self._classifier.take_counts()  # of work: they are not the clients'
+        return [next(answers) if done is None else done for done in found]
+
     def _classify(self, questions: list[Question]) -> list[Answer]:
         """One batch, in the model thread. Raises NotReady, which reaches every caller of the batch."""
         started = time.monotonic()
-        try:
-            stack = self._confirm()
-        finally:
-            self._classifier.keep(self._reader.held)
+        stack = self._current()
         texts = [text for question in questions for text in question.texts]
         if not texts:
             return [Answer([], stack.view.version) for _ in questions]
@@ -184,6 +222,13 @@ class Serving:
         routed = classify_routed(self._classifier, stack.routes, texts, digest=None, max_prompts=self._max_prompts)
         self._metrics.answers(**outcomes(routed))
         return [found.answer for found in routed]
+
+    def _current(self) -> Stack:
+        """As ``_confirm``, in the model's thread, which lets go of what is in force no more."""
+        try:
+            return self._confirm()
+        finally:
+            self._classifier.keep(self._reader.held)
 
     def _confirm(self) -> Stack:
         """The stack in force now. One indexed query when nothing changed; otherwise loads what is not loaded yet.

@@ -86,6 +86,10 @@ class Settings(BaseSettings):
         description="Forget texts stay sealed for this long after a request is active or ended; 0: shredded at once.",
     )
 
+    dry_run_seconds: float = Field(
+        default=120.0, gt=0, description="Without a report by then, 503. What was read is kept for the next one."
+    )
+
     # Trust
     previous_master_keys: list[SecretStr] = Field(
         default=[], description="Keys that still open what they sealed, until `letheon vault rotate` has been run."
@@ -180,6 +184,12 @@ class Settings(BaseSettings):
     )
     max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
     max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")
+    max_neighbour_drop: float = Field(
+        default=0.25, ge=0, le=1, description="The same, on the retain rows that are nearest to the forget texts."
+    )
+    max_prompt_norm: float = Field(
+        default=64.0, gt=0, description="Longest row of a prompt, in mean lengths of the model's own word embeddings."
+    )
     check_retain_rows: int = Field(default=256, ge=8)
     max_tries: int = Field(
         default=3,

@@ -55,6 +55,7 @@ def measure(requests: int, directions: int, console: Console) -> dict[str, Any]:
             min_forget_abstain=0,  # a check that failed would end the measurement
             max_retain_drop=1,
             max_class_drop=1,
+            max_neighbour_drop=1,
             max_total_claim_rate=1,
         )
         first = prepare(settings)

@@ -27,7 +27,7 @@ from app.failpoints import VARIABLE
 from app.lifecycle import ForgetText
 from app.reconcile import make_ready
 from app.settings import Settings
-from app.tables import Checkpoint
+from app.tables import Checkpoint, PromptState
 from app.vault import KEY_BYTES, Vault
 from bench.demo import free_port
 from bench.fault_judge import ENDED, History, Outcome, doubled_anywhere, read_history
@@ -320,3 +320,8 @@ def open_bench(model: Path | None = None) -> Iterator[Bench]:
         launcher = Launcher(model, work / "launcher.log")
         stack.callback(launcher.close)
         yield Bench(work, model, launcher, fingerprint, stack)
+
+
+def in_force(session: Session) -> list[str]:
+    """Ids of the prompts in force."""
+    return [p.id for p in active_set.active_prompts(session) if p.state == PromptState.ACTIVE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,19 +16,31 @@ from models.errors import DatasetError
 from models.examples import Example
 from models.inference import BATCH, Classification, Classifier, answer_scores
 from models.llm import FrozenLLM
+from models.neighbours import NeighbourFigures, nearest, neighbour_figures
 from models.soft_prompt import SoftPrompt
+from models.text_states import gate_layers, text_states
+
+MAX_FORGET_STATES = 256  # of the forget texts, by which neighbours are found
 
 
 @dataclass(frozen=True)
 class CheckLimits:
-    """What a prompt must meet to become active: a rate, and two falls in accuracy (absolute, 0..1).
+    """What a prompt must meet to become active: a rate, three falls in accuracy (absolute, 0..1), and a size.
 
-    In a class of few rows one answer can be more than ``max_class_drop``: see ``allowed_drop``.
+    In a class of few rows one answer can be more than ``max_class_drop``: see ``allowed_drop``. ``max_neighbour_drop``:
+    on the retain rows nearest to the forget texts. ``max_prompt_norm``: of a row of φ, in ``FrozenLLM.word_norm``.
     """
 
     min_forget_abstain: float
     max_retain_drop: float
     max_class_drop: float
+    max_neighbour_drop: float = 1.0
+    max_prompt_norm: float = math.inf
+
+    def norm_violations(self, largest: float) -> list[str]:
+        if largest <= self.max_prompt_norm:
+            return []
+        return [f"a row of the prompt is {largest:.2f} times as long as a word is, more than {self.max_prompt_norm:g}"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,10 @@ class CheckReport:
     """``violations`` and ``missed`` are empty exactly when ``passed``. Accuracies are over labels and generic labels.
 
     ``missed``: what is violated, of ``models.self_tuning.Missed``.
-    ``lost_canaries``: earlier requests that no longer hold (``models.canaries``). Without forget rows, when a set is
-    checked that is in force already, the two abstain rates are None.
+    ``lost_canaries``: earlier requests that no longer hold (``models.canaries``). ``neighbour_…``: of the sampled rows,
+    those nearest to the forget texts, which the training may have seen. ``prompt_norm``: the largest row of the newest
+    prompt, and the mean. Without forget rows, when a set is checked that is in force already, these and the two abstain
+    rates are None.
     """
 
     forget_abstain: float | None
@@ -99,6 +114,12 @@ class CheckReport:
     worst_class_accuracy_before: float
     per_class: dict[str, dict[str, float]]
     retain_rows: int
+    neighbour_rows: int | None
+    neighbour_accuracy: float | None
+    neighbour_accuracy_before: float | None
+    neighbour_abstain: float | None
+    prompt_norm: float | None
+    prompt_norm_mean: float | None
     lost_canaries: int
     active_requests: int
     passed: bool
@@ -130,11 +151,23 @@ def check_prompts(
     sample, weights = stratified(retain, max_retain_rows, seed)
     classifier = Classifier(llm)
     texts = [e.text for e in sample]
-    figures = retain_figures(sample, weights, classifier.classify(texts), classifier.classify(texts, prompts))
+    before, after = classifier.classify(texts), classifier.classify(texts, prompts)
+    figures = retain_figures(sample, weights, before, after)
     forget_texts = [e.text for e in forget]
     abstain = _abstain_rate(classifier, forget_texts, prompts) if forget else None
     lost_requests = lost(classifier, prompts, canaries)
-    found: dict[str, list[str]] = {"forget": [], "retain": figures.violations(limits), "set": []}
+    found: dict[str, list[str]] = {"forget": [], "retain": figures.violations(limits), "norm": [], "set": []}
+    near: NeighbourFigures | None = None
+    norms: tuple[float | None, float | None] = (None, None)
+    if forget:
+        few = forget_texts[:: -(-len(forget) // MAX_FORGET_STATES)]
+        states = text_states(llm, [*texts, *few])
+        picked = nearest(states[: len(texts)], states[len(texts) :], len(gate_layers(llm)))
+        near = neighbour_figures([sample[i] for i in picked], [before[i] for i in picked], [after[i] for i in picked])
+        found["retain"] += near.violations(limits.max_neighbour_drop)
+    if forget and prompts:
+        norms = largest, _ = prompts[-1].norms(llm.word_norm)
+        found["norm"] = limits.norm_violations(largest)
     if abstain is not None and abstain < limits.min_forget_abstain:
         found["forget"].append(f"forget abstain rate {abstain:.4f} is below {limits.min_forget_abstain}")
     if lost_requests:
@@ -151,6 +184,12 @@ def check_prompts(
         worst_class_accuracy_before=figures.per_class[worst]["before"],
         per_class=figures.per_class,
         retain_rows=figures.rows,
+        neighbour_rows=near.rows if near else None,
+        neighbour_accuracy=near.after if near else None,
+        neighbour_accuracy_before=near.before if near else None,
+        neighbour_abstain=near.abstain if near else None,
+        prompt_norm=norms[0],
+        prompt_norm_mean=norms[1],
         lost_canaries=lost_requests,
         active_requests=len(prompts),
         passed=not violations,

@@ -33,7 +33,7 @@ class GateRows:
     def __init__(self, llm: FrozenLLM, retain: Sequence[Example], count: int, directory: Path | None = None) -> None:
         """Raises DatasetError when there are too few different texts for all sides."""
         self.llm, self.retain = llm, retain
-        self.space_rows, self.calibration_rows, self.check_rows = _sides(retain, count)
+        self.space_rows, self.calibration_rows, self.check_rows = sides(retain, count)
         if min(len(self.space_rows), len(self.calibration_rows), len(self.check_rows)) < 2:
             raise DatasetError("the retain set has too few different texts for a gate")
         width = len(gate_layers(llm)) * llm.hidden_size
@@ -61,12 +61,12 @@ def space_source(llm: FrozenLLM, retain: Sequence[Example], count: int) -> str:
     ``retain``: the whole set, not what is left after requests took their rows from it. Otherwise every such request
     would make a space of its own, and the gates could not be one matrix product.
     """
-    chosen = [Example(retain[i].text) for i in _sides(retain, count)[0]]
+    chosen = [Example(retain[i].text) for i in sides(retain, count)[0]]
     parts = [llm.fingerprint, gate_layers(llm), gate.RIDGE, gate.MAX_RANK, digest_examples(chosen), _VERSION]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _sides(retain: Sequence[Example], count: int) -> tuple[list[int], list[int], list[int]]:
+def sides(retain: Sequence[Example], count: int) -> tuple[list[int], list[int], list[int]]:
     """Indices of the rows to whiten on, to calibrate and to check with, ordered by nothing but their texts."""
     ranked: dict[bytes, int] = {}
     for index, row in enumerate(retain):

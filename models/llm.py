@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -136,6 +137,13 @@ class FrozenLLM:
         longest = max((len(row) for row in rows), default=0) + prefix_length
         if longest > self.max_positions:
             raise TextTooLong(f"{longest} positions with template and prompts, but the model has {self.max_positions}")
+
+    @cached_property
+    @torch.no_grad()
+    def word_norm(self) -> float:
+        """Mean length of the vocabulary's input embeddings, as the model looks them up: Gemma scales them."""
+        ids = torch.arange(self.embed.num_embeddings, device=self.device)
+        return float(torch.cat([self.embed(part).float().norm(dim=-1) for part in ids.split(8192)]).mean())
 
     # --- ids to hidden states and logits -----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Scores are "higher = more so": an attack's score is higher for what it takes for
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,16 @@ def bootstrap(values: Tensor, *, seed: int = 0, draws: int = 2000, level: float 
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
     return Estimate(float(values.mean()), low, high)
+
+
+def wilson(hits: int, rows: int, *, z: float = 1.959964) -> Estimate:
+    """Of a share: Wilson's score interval (1927), 95 % by default; it has a width at 0 of n, too. Raises ValueError."""
+    if not 0 <= hits <= rows or not rows:
+        raise ValueError(f"{hits} of {rows} is not a share")
+    share, square = hits / rows, z * z
+    middle = (share + square / (2 * rows)) / (1 + square / rows)
+    half = z / (1 + square / rows) * math.sqrt(share * (1 - share) / rows + square / (4 * rows * rows))
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def difference(a: Tensor, b: Tensor, *, seed: int = 0, draws: int = 2000, level: float = 0.95) -> Estimate:

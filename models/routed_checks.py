@@ -12,7 +12,8 @@ from models.errors import DatasetError
 from models.evaluation import CheckLimits, retain_figures, stratified
 from models.examples import Example
 from models.gate_fit import GateFit
-from models.inference import Classifier
+from models.inference import Classification, Classifier
+from models.neighbours import how_many, neighbour_figures
 from models.routing import Routed, Routes, classify_routed
 
 MIN_REACH = 0.5  # of other texts on the same subject, as estimated: below that the report warns
@@ -40,6 +41,8 @@ class RoutedReport:
     ``unseen_claimed`` and ``unseen_certain``: see ``GateFit``; what is served lies between the two.
     ``false_claim_rate`` is this gate's, ``total_claim_rate`` the whole set's, on rows that set no threshold;
     ``false_abstain_rate``: of those rows, the share that this request alone would answer ``unknown``.
+    ``neighbour_…``: of those rows, none of which the prompt has seen either, the ones that this request's gate would
+    claim first. ``prompt_norm``: the largest row of the prompt in ``FrozenLLM.word_norm``, and the mean.
     ``lost_canaries``: earlier requests whose gate's own directions would no longer reach their prompt.
     """
 
@@ -57,6 +60,12 @@ class RoutedReport:
     retain_accuracy_before: float
     per_class: dict[str, dict[str, float]]
     retain_rows: int
+    neighbour_rows: int
+    neighbour_accuracy: float
+    neighbour_accuracy_before: float
+    neighbour_abstain: float
+    prompt_norm: float
+    prompt_norm_mean: float
     lost_canaries: int
     active_requests: int
     passed: bool
@@ -108,6 +117,11 @@ def check_routes(
     claimed = (margins[:, last] > 0).nonzero().flatten().tolist()
     false_abstain = sum(found.answer.abstained for found in answers_alone([rows[i].text for i in claimed]))
     total = int((margins > 0).any(1).sum()) / len(rows)
+    order = margins[:, last].argsort(descending=True, stable=True)
+    neighbours = [rows[i] for i in order[: how_many(len(rows))].tolist()]
+    beside = answers([e.text for e in neighbours])
+    near = neighbour_figures(neighbours, [r.base for r in beside], [r.answer for r in beside])
+    norm, mean_norm = routes.routes[last].prompt.norms(classifier.llm.word_norm)
     prompted = classifier.classify([e.text for e in forget], [routes.routes[last].prompt])
     prompt_abstain = sum(answer.abstained for answer in prompted) / len(forget)
     both = [a.answer.abstained and b.answer.abstained for a, b in zip(asked, asked_alone, strict=True)]
@@ -115,7 +129,7 @@ def check_routes(
     lost = lost_canaries(others, routes, limits.max_prompts)
 
     checks = limits.checks
-    found: dict[str, list[str]] = {"forget": [], "retain": [], "set": []}
+    found: dict[str, list[str]] = {"forget": [], "retain": [], "norm": checks.norm_violations(norm), "set": []}
     if abstain < checks.min_forget_abstain:
         found["forget"].append(f"forget abstain rate {abstain:.4f} is below {checks.min_forget_abstain}")
     warnings = []
@@ -123,18 +137,18 @@ def check_routes(
         warnings.append(
             f"the prompt's own forget abstain rate {prompt_abstain:.4f} is below {checks.min_forget_abstain}"
         )
-    if fit.unseen_claimed is None:
-        warnings.append("too few different texts to tell how many others on their subject would be found")
-    elif fit.unseen_claimed < MIN_REACH:
-        warnings.append(
-            f"of other texts on the same subject only {fit.unseen_claimed:.0%} are likely to be found: the texts have "
-            "little in common, or are too few"
-        )
-    # Another training mends what this prompt turned away, not what its gate is certain of or others have used up.
-    own = {i for i, r in enumerate(retained) if last in r.claims and r.answer.abstained and not r.certain}
-    mended = [r.base if i in own else r.answer for i, r in enumerate(retained)]
-    without = retain_figures(sample, weights, [r.base for r in retained], mended)
+    warnings += reach_warnings(fit)
+
+    def mended(found: Sequence[Routed]) -> list[Classification]:
+        """Another training mends what this prompt turned away, not what its gate is certain of or others used up."""
+        own = [last in r.claims and r.answer.abstained and not r.certain for r in found]
+        return [r.base if mine else r.answer for r, mine in zip(found, own, strict=True)]
+
+    without = retain_figures(sample, weights, [r.base for r in retained], mended(retained))
     found["set" if without.violations(checks) else "retain"] += figures.violations(checks)
+    limit = checks.max_neighbour_drop
+    near_without = neighbour_figures(neighbours, [r.base for r in beside], mended(beside))
+    found["set" if near_without.violations(limit) else "retain"] += near.violations(limit)
     if total > max(limits.max_total_claims, 1 / len(rows)) + 1e-9:  # one row is no evidence
         found["set"].append(f"the gates claim {total:.4f} of the retain rows, more than {limits.max_total_claims}")
     if lost:
@@ -155,6 +169,12 @@ def check_routes(
         retain_accuracy_before=figures.before,
         per_class=figures.per_class,
         retain_rows=figures.rows,
+        neighbour_rows=near.rows,
+        neighbour_accuracy=near.after,
+        neighbour_accuracy_before=near.before,
+        neighbour_abstain=near.abstain,
+        prompt_norm=norm,
+        prompt_norm_mean=mean_norm,
         lost_canaries=lost,
         active_requests=len(routes),
         passed=not violations,
@@ -162,6 +182,18 @@ def check_routes(
         warnings=warnings,
         missed=[name for name, part in found.items() if part],
     )
+
+
+def reach_warnings(fit: GateFit) -> list[str]:
+    """What a gate says of a request that is too small, or too mixed, to reach other texts on its subject."""
+    if fit.unseen_claimed is None:
+        return ["too few different texts to tell how many others on their subject would be found"]
+    if fit.unseen_claimed < MIN_REACH:
+        return [
+            f"of other texts on the same subject only {fit.unseen_claimed:.0%} are likely to be found: the texts have "
+            "little in common, or are too few"
+        ]
+    return []
 
 
 def lost_canaries(before: Routes, after: Routes, max_prompts: int) -> int:

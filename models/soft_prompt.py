@@ -38,6 +38,11 @@ class SoftPrompt:
     def num_virtual_tokens(self) -> int:
         return self.embeddings.shape[0]
 
+    def norms(self, word_norm: float) -> tuple[float, float]:
+        """The largest and the mean length of its rows, in units of ``FrozenLLM.word_norm``."""
+        lengths = self.embeddings.norm(dim=-1) / word_norm
+        return float(lengths.max()), float(lengths.mean())
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 hex of ``to_bytes()``: the prompt's content address."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from api_kit import MARKER, Api, assert_problem, running, tiny_llm
 from databases import database_kinds, fresh_database
-from floor import await_approval, must_take, state, submit, terms
+from floor import activate, await_approval, must_take, state, submit, terms
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 from worker_kit import forget_texts, write_retain
@@ -119,6 +119,19 @@ def test_only_what_waits_can_be_decided_on(sessions: Sessions, vault: Vault) -> 
             with pytest.raises(Conflict):
                 approval.reject(session, request_id, actor="key_2", reason="no")
             session.rollback()
+
+
+def test_nothing_comes_into_force_that_nobody_approved(sessions: Sessions, vault: Vault) -> None:
+    """Whatever a worker believes, one of an older version for instance."""
+    request_id = submit(sessions, vault, terms=terms(approval=True))
+    claim = must_take(sessions, request_id)
+    with pytest.raises(Conflict, match="approved"):
+        activate(sessions, vault, claim, version=0)
+    await_approval(sessions, claim)
+    with sessions.begin() as session:
+        approval.approve(session, request_id, actor="key_2")
+    activate(sessions, vault, must_take(sessions, request_id), version=0)
+    assert state(sessions, request_id) == "active"
 
 
 def test_texts_and_checkpoint_stay_sealed_while_it_waits(sessions: Sessions, vault: Vault) -> None:

@@ -73,6 +73,7 @@ def context(sessions: sessionmaker[Session], vault: Vault, tmp_path: Path) -> Co
         min_forget_abstain=0,
         max_retain_drop=1,
         max_class_drop=1,
+        max_neighbour_drop=1,
     )
     retain = read_examples(str(write_retain(tmp_path / "retain.jsonl")), labels=settings.labels)
     return Context(settings=settings, sessions=sessions, vault=vault, llm=tiny_llm(), retain=retain)

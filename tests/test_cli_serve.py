@@ -37,6 +37,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
             "min_forget_abstain": "0",
             "max_retain_drop": "1",
             "max_class_drop": "1",
+            "max_neighbour_drop": "1",
             "reaper_seconds": "1",
         },
     )

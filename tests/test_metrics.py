@@ -18,6 +18,7 @@ from models.metrics import (
     likelihood_ratio,
     log_odds,
     tpr_at_fpr,
+    wilson,
 )
 
 scores = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.double))
@@ -33,6 +34,17 @@ def test_bootstrap_by_hand() -> None:
     assert bootstrap(torch.tensor([0.0, 1.0]), seed=3) == bootstrap(torch.tensor([0.0, 1.0]), seed=3)
     with pytest.raises(ValueError, match="no values"):
         bootstrap(torch.empty(0))
+
+
+def test_wilson_by_hand() -> None:
+    """1 of 10 and 0 of 10: the textbook's 0.018 to 0.404, and 0 to 0.278."""
+    found = wilson(1, 10)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.0179, 0.4042), abs=1e-4)
+    assert wilson(0, 10).low == 0 and wilson(0, 10).high == pytest.approx(0.2775, abs=1e-4)
+    assert wilson(10, 10).high == pytest.approx(1.0)
+    for hits, rows in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="not a share"):
+            wilson(hits, rows)
 
 
 def test_a_difference_is_paired() -> None:

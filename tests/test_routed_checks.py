@@ -290,6 +290,48 @@ def test_empty_sides_and_long_texts_are_refused(world: World) -> None:
         )
 
 
+# --- neighbours and size ---------------------------------------------------------------------------------------------
+
+
+def test_neighbours_are_the_rows_that_the_gate_would_claim_first(world: World) -> None:
+    gate = world.gate(0, 2)
+    order = cosines(world.points[2:], gate.directions).flatten().argsort(descending=True).tolist()
+    assert order[0] == 0, "the one row that it claims"
+    right = 1 + (order[1] != 9)  # the base model is wrong on the last row
+    report = world.check(Route(world.always, gate))
+    assert report.neighbour_rows == 2, "a quarter of ten"
+    assert (report.neighbour_accuracy_before, report.neighbour_accuracy) == (right / 2, (right - 1) / 2)
+    assert report.neighbour_abstain == 0.5
+    report = world.check(Route(world.never, gate))
+    assert report.neighbour_accuracy == report.neighbour_accuracy_before == right / 2
+    assert report.neighbour_abstain == 0
+
+
+def test_a_request_that_silences_what_is_beside_it_fails(world: World) -> None:
+    gate = replace(world.gate(0, 2), threshold=-1.0)
+    route, limits = Route(world.always, gate), CheckLimits(0.0, 1.0, 1.0, max_neighbour_drop=0.6)
+    report = world.check(route, limits=limits)
+    assert report.neighbour_accuracy == 0 and report.neighbour_accuracy_before > 0.6
+    assert not report.passed and report.missed == ["retain"] and "nearest to the forget texts" in report.violations[0]
+    certain = Route(world.never, replace(gate, certain=-1.0))
+    assert world.check(certain, limits=limits).missed == ["set"], "no other prompt mends what a gate is certain of"
+    one = Route(world.always, world.gate(0, 2))
+    limits = CheckLimits(0.0, 1.0, 1.0, max_neighbour_drop=0.1)
+    assert world.check(one, limits=limits).passed, "one of two rows is no evidence"
+
+
+def test_a_prompt_out_of_all_proportion_fails(world: World) -> None:
+    route = Route(world.always, world.gate(0, 2))
+    lengths = route.prompt.embeddings.norm(dim=1) / world.llm.embed.weight.norm(dim=1).mean()
+    report = world.check(route)
+    assert report.prompt_norm == pytest.approx(float(lengths.max()))
+    assert report.prompt_norm_mean == pytest.approx(float(lengths.mean()))
+    within = CheckLimits(0.0, 1.0, 1.0, max_prompt_norm=report.prompt_norm)
+    assert world.check(route, limits=within).passed
+    report = world.check(route, limits=replace(within, max_prompt_norm=report.prompt_norm * 0.99))
+    assert report.missed == ["norm"] and "times as long as a word" in report.violations[0]
+
+
 # --- canaries --------------------------------------------------------------------------------------------------------
 
 

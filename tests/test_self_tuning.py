@@ -11,7 +11,7 @@ from models.self_tuning import next_try
 from models.training import TrainingConfig
 
 FIRST = TrainingConfig(alpha=0.4, beta=0.5, learning_rate=0.02, num_virtual_tokens=30, seed=7)
-misses = st.lists(st.sets(st.sampled_from(["forget", "retain"]), min_size=1), max_size=6)
+misses = st.lists(st.sets(st.sampled_from(["forget", "retain", "norm"]), min_size=1), max_size=6)
 
 
 def test_by_hand() -> None:
@@ -32,6 +32,20 @@ def test_by_hand() -> None:
     assert after("forget", "forget", "forget") == (0.05, 0.0625, 30, 10, True)
     assert after("forget", "forget", "forget", "forget") is None  # four tries were all there may be
     assert after("set") is after("forget+set") is after("forget", "set") is None
+
+
+def test_a_prompt_that_grew_too_large_begins_anew_in_smaller_steps() -> None:
+    def rate(*missed: str) -> tuple[float, bool, int]:
+        found = next_try(FIRST, [part.split("+") for part in missed], max_tries=4)
+        assert found is not None
+        return found.config.learning_rate, found.goes_on, found.config.num_virtual_tokens
+
+    assert rate("norm") == (0.01, False, 30)
+    assert rate("norm", "norm") == (0.005, False, 30)
+    assert rate("forget+retain+norm") == (0.01, False, 30), "what it misses otherwise may come of its size"
+    assert rate("norm", "norm", "forget") == (0.005, True, 30), "the rate never rises again"
+    assert rate("forget+retain", "norm") == (0.01, False, 45)
+    assert next_try(FIRST, [["norm", "set"]], max_tries=4) is None
 
 
 def test_from_zero_a_weight_can_grow() -> None:

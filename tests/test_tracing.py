@@ -345,6 +345,7 @@ def test_an_attempt_of_the_worker_is_a_trace(
         min_forget_abstain=0,
         max_retain_drop=1,
         max_class_drop=1,
+        max_neighbour_drop=1,
     )
     retain = read_examples(str(write_retain(tmp_path / "retain.jsonl")), labels=settings.labels)
     context = Context(settings=settings, sessions=sessions, vault=vault, llm=llm, retain=retain)

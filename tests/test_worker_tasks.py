@@ -78,6 +78,7 @@ def context(llm: FrozenLLM, sessions: Sessions, vault: Vault, tmp_path: Path, mo
         min_forget_abstain=0,
         max_retain_drop=1,
         max_class_drop=1,
+        max_neighbour_drop=1,
     )
     retain = read_examples(str(write_retain(tmp_path / "retain.jsonl")), labels=settings.labels)
     return Context(settings=settings, sessions=sessions, vault=vault, llm=llm, retain=retain)

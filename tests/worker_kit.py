@@ -224,6 +224,7 @@ def deploy(home: Path, model: Path, **knobs: Any) -> Iterator[Site]:
         "min_forget_abstain": 0,
         "max_retain_drop": 1,
         "max_class_drop": 1,
+        "max_neighbour_drop": 1,
         "lease_seconds": 2,
         "heartbeat_seconds": 0.5,
         "reaper_seconds": 0.5,

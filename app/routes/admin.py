@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Response
 
 from app import active_set, revoking, set_history
 from app.auth import AdminCaller, AuditorCaller
-from app.deps import Cursor, Limit, PromptId, ServiceDep
+from app.deps import Limit, PromptCursor, PromptId, ServiceDep
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -34,7 +34,7 @@ def list_prompts(
     caller: AuditorCaller,
     service: ServiceDep,
     limit: Limit = 50,
-    cursor: Cursor = None,
+    cursor: PromptCursor = None,
     state: Annotated[PromptState | None, Query()] = None,
 ) -> Any:
     """Prompts, newest first."""

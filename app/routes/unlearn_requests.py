@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
+from sqlalchemy.orm import Session
 
 from app import idempotency, lifecycle, receipts, terms
 from app.audit_schemas import SignedReceipt
 from app.auth import READS_ALL, CancellingCaller, ReaderCaller, RequestsCaller
 from app.broker import enqueue_training
-from app.deps import Cursor, Limit, RequestId, Service, ServiceDep
+from app.deps import Limit, RequestCursor, RequestId, Service, ServiceDep
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
     Conflict,
+    DeadlineExceeded,
     Forbidden,
     IdempotencyInFlight,
     IdempotencyMismatch,
     InvalidInput,
     MalformedBody,
     NotFound,
+    NotReady,
     Overloaded,
     QuotaExceeded,
     RateLimited,
@@ -38,8 +43,9 @@ from app.limits import check_count, check_steps, check_texts
 from app.problems import UnsupportedMediaType, problems
 from app.quotas import check_request_quota
 from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
+from app.schemas_dry_run import DryRunOut
 from app.signing import canonical
-from app.tables import LIVE, RequestEvent, RequestState, utcnow
+from app.tables import LIVE, RequestEvent, RequestState, UnlearnRequest, utcnow
 
 router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, InvalidInput, RateLimited))
 
@@ -80,8 +86,9 @@ IdempotencyKey = Annotated[
     responses={
         202: {"headers": _HEADERS},
         200: {
-            "model": UnlearnRequestOut,
-            "description": "This API key's request for the same texts is live: here it is, and no other was made.",
+            "model": UnlearnRequestOut | DryRunOut,
+            "description": "This API key's request for the same texts is live: here it is, and no other was made. "
+            "Or, with `dry_run`, what the request would do; nothing is stored.",
             "headers": {**_HEADERS, "Letheon-Duplicate": _TRUE},
         },
         **problems(
@@ -89,6 +96,8 @@ IdempotencyKey = Annotated[
             BodyTimeout,
             BodyTooLarge,
             Overloaded,
+            DeadlineExceeded,
+            NotReady,
             UnsupportedMediaType,
             InvalidInput,
             IdempotencyMismatch,
@@ -104,6 +113,7 @@ def create_unlearn_request(
     service: ServiceDep,
     response: Response,
     idempotency_key: IdempotencyKey = None,
+    dry_run: Annotated[bool, Query(description="Report what the request would do, and store nothing.")] = False,
 ) -> Any:
     """Ask to forget texts. 202: the request is stored and will be trained, whatever breaks meanwhile.
 
@@ -117,53 +127,21 @@ def create_unlearn_request(
         [(f"forget_texts[{i}].text", item.text) for i, item in enumerate(body.forget_texts)],
         labels=[(f"forget_texts[{i}].label", item.label) for i, item in enumerate(body.forget_texts)],
     )
+    if dry_run:
+        return JSONResponse(service.dry_runs.report(body).model_dump(mode="json"))
     texts = list(dict.fromkeys(ForgetText(item.text, item.label) for item in body.forget_texts))
-    options = body.options.model_dump(exclude_none=True) if body.options else {}
-    fingerprint, now = service.serving.llm.fingerprint, utcnow()
     call = None
     if idempotency_key is not None:
         call = idempotency.name_call(
             service.vault, api_key_id=caller.key_id, key=idempotency_key, body=body.model_dump(mode="json")
         )
+    now = utcnow()
     with service.sessions.begin() as session:
         answered = idempotency.first_answer(session, call) if call else None
-        if answered is not None:
-            row, duplicate = answered
-        else:
-            agreed = terms.agree(
-                received_at=body.received_at,
-                expires_at=body.expires_at,
-                approval_required=body.require_approval or service.settings.require_approval,
-                months=service.settings.deadline_months,
-                now=now,
-            )
-            digest = idempotency.set_digest(
-                service.vault,
-                api_key_id=caller.key_id,
-                texts=texts,
-                options=options,
-                fingerprint=fingerprint,
-                terms=agreed,
-            )
-            live = idempotency.find_live(session, api_key_id=caller.key_id, digest=digest)
-            duplicate = live is not None
-            if live is None:
-                check_request_quota(session, caller.key_id, service.settings, texts=len(texts), now=now)
-            row = live or lifecycle.create_request(
-                session,
-                service.vault,
-                texts=texts,
-                reason=body.reason,
-                options=options,
-                fingerprint=fingerprint,
-                api_key_id=caller.key_id,
-                terms=agreed,
-                set_digest=digest,
-                now=now,
-            )
-            if call:
-                idempotency.remember(session, call, row, now=now)
-            failpoint("create.before_commit")
+        row, duplicate = answered or _find_or_create(session, service, caller.key_id, body, texts, now)
+        if call and answered is None:
+            idempotency.remember(session, call, row, now=now)
+        failpoint("create.before_commit")
     failpoint("create.after_commit")
     if answered is None and not duplicate:
         # Committed. A broker that is down costs seconds, not the request: the worker's reaper rings again.
@@ -178,12 +156,50 @@ def create_unlearn_request(
     return row
 
 
+def _find_or_create(
+    session: Session, service: Service, key_id: str, body: UnlearnRequestIn, texts: list[ForgetText], now: datetime
+) -> tuple[UnlearnRequest, bool]:
+    """The request, and whether it was there: this key's live one for the same set.
+
+    Raises QuotaExceeded, InvalidInput.
+    """
+    settings, fingerprint = service.settings, service.serving.llm.fingerprint
+    options = body.options.model_dump(exclude_none=True) if body.options else {}
+    agreed = terms.agree(
+        received_at=body.received_at,
+        expires_at=body.expires_at,
+        approval_required=body.require_approval or settings.require_approval,
+        months=settings.deadline_months,
+        now=now,
+    )
+    digest = idempotency.set_digest(
+        service.vault, api_key_id=key_id, texts=texts, options=options, fingerprint=fingerprint, terms=agreed
+    )
+    live = idempotency.find_live(session, api_key_id=key_id, digest=digest)
+    if live is not None:
+        return live, True
+    check_request_quota(session, key_id, settings, texts=len(texts), now=now)
+    created = lifecycle.create_request(
+        session,
+        service.vault,
+        texts=texts,
+        reason=body.reason,
+        options=options,
+        fingerprint=fingerprint,
+        api_key_id=key_id,
+        terms=agreed,
+        set_digest=digest,
+        now=now,
+    )
+    return created, False
+
+
 @router.get("/unlearn-requests", response_model=UnlearnRequestPage)
 def list_unlearn_requests(
     caller: ReaderCaller,
     service: ServiceDep,
     limit: Limit = 50,
-    cursor: Cursor = None,
+    cursor: RequestCursor = None,
     state: Annotated[RequestState | None, Query()] = None,
 ) -> Any:
     """Requests, newest first: the key's own, or all with `admin`, `auditor` or `approve`."""
