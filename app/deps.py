@@ -83,14 +83,16 @@ PromptId = Annotated[str, Depends(_prompt_id)]
 WebhookId = Annotated[str, Depends(_webhook_id)]
 DeliveryId = Annotated[str, Depends(_delivery_id)]
 Limit = Annotated[int, Query(ge=1, le=200, description="Items per page.")]
-Cursor = Annotated[
-    str | None,
-    # PostgreSQL refuses a NUL in a parameter; the floor checks the rest.
-    Query(pattern=f"^{_ID.pattern}$", description="`next_cursor` of the page before."),
-]
+# PostgreSQL refuses a NUL in a parameter; the floor checks the rest.
 RequestCursor = Annotated[
     str | None, Query(pattern=r"^req_[0-9a-f]{28}$", description="`next_cursor` of the page before.")
 ]
 PromptCursor = Annotated[
     str | None, Query(pattern=r"^prm_[0-9a-f]{28}$", description="`next_cursor` of the page before.")
+]
+WebhookCursor = Annotated[
+    str | None, Query(pattern=r"^whk_[0-9a-f]{28}$", description="`next_cursor` of the page before.")
+]
+DeliveryCursor = Annotated[
+    str | None, Query(pattern=r"^dlv_[0-9a-f]{28}$", description="`next_cursor` of the page before.")
 ]

@@ -21,6 +21,8 @@ def complete(document: dict[str, Any], settings: Settings) -> None:
             for parameter in operation.get("parameters", []):
                 _never_null(parameter["schema"])
     _not_null(schemas["ForgetTextIn"]["properties"]["label"])["enum"] = list(settings.labels)
+    steps = _not_null(schemas["TrainingOptions"]["properties"]["max_steps"])
+    steps["maximum"] = min(steps["maximum"], settings.max_training_steps)
     schemas["UnlearnRequestIn"]["properties"]["forget_texts"]["maxItems"] = settings.max_forget_texts
     _not_null(schemas["ClassifyIn"]["properties"]["texts"])["maxItems"] = settings.max_classify_texts
 

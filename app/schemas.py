@@ -91,10 +91,17 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_NAMES:
+    def _plain_fields(cls, value: Any) -> Any:
+        """Few names; and 7.0 is 7, as in JSON Schema: some languages know no other way to write it."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_NAMES:
             raise PydanticCustomError("too_long", "must have at most {max_length} fields", {"max_length": MAX_NAMES})
-        return value
+        return {name: int(v) if _is_whole(v) else v for name, v in value.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
 class Row(BaseModel):

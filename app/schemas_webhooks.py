@@ -19,7 +19,11 @@ class WebhookIn(Body):
         json_schema_extra={"examples": [{"url": "https://example.com/letheon", "states": ["active", "failed"]}]}
     )
 
-    url: str = Field(max_length=MAX_URL, description="`https://`, of a public address. Only its owner sees it again.")
+    url: str = Field(
+        max_length=MAX_URL,
+        description="`https://`, of a public address. Only its owner sees it again.",
+        json_schema_extra={"format": "uri"},
+    )
     states: Annotated[list[Annotated[RequestState, Field(strict=False)]], FewEntries] = Field(
         default=[], max_length=len(RequestState), description="Tell of these states only; empty: of all."
     )

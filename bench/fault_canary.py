@@ -50,20 +50,19 @@ def forms(canary: str) -> dict[str, bytes]:
     }
     found: dict[str, bytes] = {}
     for name, text in spelt.items():
-        data = text.encode()
-        found[name] = data
-        found[f"{name}, JSON"] = json.dumps(text)[1:-1].encode()
         found[f"{name}, escaped"] = text.encode("unicode_escape")
         found[f"{name}, UTF-16LE"] = text.encode("utf-16-le")
         found[f"{name}, UTF-16BE"] = text.encode("utf-16-be")
-        found[f"{name}, hex"] = data.hex().encode()
-        found[f"{name}, HEX"] = data.hex().upper().encode()
         found[f"{name}, URL"] = quote(text).encode()
-        for offset in range(3):  # the same bytes look different at each place within three
-            encoded = base64.b64encode(b"\0" * offset + data)
-            # without the characters at both ends that its neighbours have a say in
-            found[f"{name}, base64 +{offset}"] = encoded[(0, 2, 3)[offset] : (len(data) + offset) // 3 * 4]
-            found[f"{name}, base64url +{offset}"] = found[f"{name}, base64 +{offset}"].translate(_URL_SAFE)
+        for kind, data in ((name, text.encode()), (f"{name}, JSON", json.dumps(text)[1:-1].encode())):
+            found[kind] = data
+            found[f"{kind}, hex"] = data.hex().encode()
+            found[f"{kind}, HEX"] = data.hex().upper().encode()
+            for offset in range(3):  # the same bytes look different at each place within three
+                encoded = base64.b64encode(b"\0" * offset + data)
+                # without the characters at both ends that its neighbours have a say in
+                found[f"{kind}, base64 +{offset}"] = encoded[(0, 2, 3)[offset] : (len(data) + offset) // 3 * 4]
+                found[f"{kind}, base64url +{offset}"] = found[f"{kind}, base64 +{offset}"].translate(_URL_SAFE)
     return {name: data for name, data in found.items() if len(data) >= 8}
 
 

@@ -121,6 +121,8 @@ class Launcher:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         with self._lock:

@@ -27,7 +27,7 @@ from app.failpoints import VARIABLE
 from app.lifecycle import ForgetText
 from app.reconcile import make_ready
 from app.settings import Settings
-from app.tables import Checkpoint, PromptState
+from app.tables import Checkpoint
 from app.vault import KEY_BYTES, Vault
 from bench.demo import free_port
 from bench.fault_judge import ENDED, History, Outcome, doubled_anywhere, read_history
@@ -52,6 +52,7 @@ KNOBS: dict[str, Any] = {
     "min_forget_abstain": 0,
     "max_retain_drop": 1,
     "max_class_drop": 1,
+    "max_neighbour_drop": 1,
     "lease_seconds": LEASE,
     "heartbeat_seconds": 0.4,
     "reaper_seconds": 0.3,
@@ -324,4 +325,4 @@ def open_bench(model: Path | None = None) -> Iterator[Bench]:
 
 def in_force(session: Session) -> list[str]:
     """Ids of the prompts in force."""
-    return [p.id for p in active_set.active_prompts(session) if p.state == PromptState.ACTIVE]
+    return [prompt.id for prompt in active_set.active_prompts(session)]

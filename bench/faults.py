@@ -90,12 +90,16 @@ class Kept:
         if path.exists():
             first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
             if first == json.dumps(head):
+                whole = []
                 for line in lines:
                     try:
                         found = json.loads(line)
                     except ValueError:  # cut off in the middle
                         continue
-                    self.outcomes[found.pop("trial")] = Outcome(**found)
+                    number = found.pop("trial")
+                    self.outcomes[number] = Outcome(**found)
+                    whole.append(line)
+                write(path, "".join(f"{line}\n" for line in (first, *whole)).encode())
                 return
         write(path, (json.dumps(head) + "\n").encode())
 

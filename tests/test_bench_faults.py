@@ -198,7 +198,7 @@ def test_no_form_is_so_short_that_it_is_anywhere() -> None:
 def plumbing(monkeypatch: pytest.MonkeyPatch, trial: Callable[[Bench, int, random.Random], Outcome]) -> None:
     made_up = Fault("backup", "made up", 4, 8, alone=trial, backends=("sqlite",))
     monkeypatch.setattr(faults, "FAULTS", (made_up,))
-    monkeypatch.setattr(faults, "open_bench", lambda: nullcontext(None))
+    monkeypatch.setattr(faults, "open_bench", lambda: nullcontext(object()))  # made-up trials need none
 
 
 def test_a_failure_is_the_exit_status_and_in_the_line(
@@ -298,7 +298,7 @@ def test_a_trial(bed: Bench, kind: str, trial: Any, number: int) -> None:
 @pytest.mark.parametrize("kind", ["sqlite", *SERVERS])
 def test_what_was_done_to_the_audit_log_is_found(bed: Bench, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with bed.site(kind) as site:
-        for number, alter in enumerate(fault_audit.BY_CHAIN * 3):
+        for number, alter in enumerate(fault_audit.KINDS * 2):
             outcome = fault_audit.tamper_as(site, alter, random.Random(number))
             assert not outcome.failed, outcome.reasons
         with site.sessions() as session:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from sqlalchemy.orm import Session
 
@@ -69,7 +69,7 @@ def _visible(key: str) -> str:
 
 
 IdempotencyKey = Annotated[
-    str | None,
+    Annotated[str, WithJsonSchema({"type": "string", "pattern": "^[!-~]{1,255}$"})] | None,
     AfterValidator(lambda key: None if key is None else _visible(key)),
     Header(
         alias="Idempotency-Key",

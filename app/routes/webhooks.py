@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 
 from app import webhooks
 from app.auth import Caller, RequestsCaller
-from app.deps import Cursor, DeliveryId, Limit, ServiceDep, WebhookId
+from app.deps import DeliveryCursor, DeliveryId, Limit, ServiceDep, WebhookCursor, WebhookId
 from app.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -56,7 +56,7 @@ def create_webhook(body: WebhookIn, caller: RequestsCaller, service: ServiceDep)
 
 
 @router.get("/webhooks", response_model=WebhookPage)
-def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50, cursor: Cursor = None) -> Any:
+def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50, cursor: WebhookCursor = None) -> Any:
     """Your webhooks, newest first, disabled ones included; an admin sees everybody's, without their URLs."""
     with service.sessions() as session:
         items, next_cursor = webhooks.list_webhooks(session, of=caller.owner("admin"), limit=limit, cursor=cursor)
@@ -84,7 +84,7 @@ def list_webhook_deliveries(
     webhook_id: WebhookId,
     service: ServiceDep,
     limit: Limit = 50,
-    cursor: Cursor = None,
+    cursor: DeliveryCursor = None,
     state: Annotated[DeliveryState | None, Query()] = None,
 ) -> Any:
     """The messages of a webhook and how their delivery went, newest first."""
