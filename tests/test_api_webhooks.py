@@ -138,4 +138,4 @@ def test_everybodys_requests_need_a_scope_and_a_key_has_ten(api: Api) -> None:
     rest = api.client.get("/webhooks", params={"cursor": page["next_cursor"]}, headers=auditor).json()
     assert (len(page["items"]), len(rest["items"]), rest["next_cursor"]) == (6, 4, None)
     bad = api.client.get("/webhooks", params={"cursor": "dlv_" + "0" * 28}, headers=auditor)
-    assert_problem(bad, 422, "invalid-input", field="cursor")
+    assert_problem(bad, 422, "invalid-input", field="query.cursor")

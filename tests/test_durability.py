@@ -100,10 +100,10 @@ def test_kill_9_in_mid_training_is_resumed_and_activated_once(site: Site, finger
     states = [event.data["state"] for event in site.events(request_id, "state")]
     assert states.count("active") == 1 and states[-1] == "active"
     site.assert_shredded(request_id)
-    # What stays are the prompt's share and those of the two digest keys; the texts' is destroyed for good.
+    # What stays are the shares of the prompt, of the two digest keys and of the signing key; the texts' is destroyed.
     store = site.vault.keystore
     assert store is not None
-    wait_for(lambda: store.counts() == (3, 1), "the share to be destroyed")
+    wait_for(lambda: store.counts() == (4, 1), "the share to be destroyed")
 
     assert second.terminate() == 0  # an idle worker stops on SIGTERM
     assert files_with_marker(site) == [] and request_id in second.output()

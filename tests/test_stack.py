@@ -147,7 +147,7 @@ def test_a_prompt_of_another_mode_is_named(api: Api, mode: Mode) -> None:
 
 def test_another_master_key_opens_nothing(api: Api) -> None:
     prompt_id = add_prompt(api.service, soft_prompt(1), make_gate("one"))
-    with pytest.raises(NotReady, match=rf"{prompt_id} cannot be loaded \(VaultError\)"):
+    with pytest.raises(NotReady, match=rf"{prompt_id} cannot be loaded \(WrongMasterKey\)"):
         read(api, reader(api, vault=Vault(bytes(32))))
 
 

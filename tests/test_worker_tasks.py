@@ -311,7 +311,7 @@ def test_an_unforeseen_error_is_left_to_the_lease_and_the_last_attempt_states_it
     run_job(stranger, request_id)
     row = request(context, request_id)
     assert row.state == "training" and row.sealed_texts is not None  # still owed; another worker may have the key
-    assert "VaultError <" in caplog.text
+    assert "WrongMasterKey <" in caplog.text
     time.sleep(0.5)
     run_job(stranger, request_id)
     row = assert_failed(context, request_id, "internal")
