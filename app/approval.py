@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.errors import Conflict, SameKey
 from app.lifecycle import CancelRequested, Claim, end_failed, hold, lock_request, move
-from app.tables import RequestState, UnlearnRequest, utcnow
+from app.tables import RequestEvent, RequestState, UnlearnRequest, utcnow
 
 
 def needed(request: UnlearnRequest) -> bool:
@@ -21,15 +22,30 @@ def needed(request: UnlearnRequest) -> bool:
 
 
 def await_approval(session: Session, claim: Claim, *, metrics: dict[str, Any], prompt_digest: str) -> None:
-    """The checks passed: let go of the request until it is decided on. Raises LeaseLost, CancelRequested, Conflict."""
+    """The checks passed: let go of the request until it is decided on. Raises LeaseLost, CancelRequested, Conflict.
+
+    An approval that there was is void: it was of another prompt than this one.
+    """
     request = hold(session, claim)
     if request.cancel_requested:
         raise CancelRequested("the request was cancelled before its approval", request_id=request.id)
-    if not needed(request):
+    if not request.approval_required:
         raise Conflict("the request needs no approval", request_id=request.id)
+    request.approved_by = request.approved_at = None
     request.metrics = metrics
     detail = {"prompt_digest": prompt_digest}
     move(session, request, RequestState.AWAITING_APPROVAL, actor=claim.owner, detail=detail)
+
+
+def approved_digest(session: Session, request: UnlearnRequest) -> str | None:
+    """The digest of the prompt that was approved; None while none was."""
+    if request.approved_at is None:
+        return None
+    query = select(RequestEvent.data).where(RequestEvent.request_id == request.id, RequestEvent.type == "state")
+    waited = [
+        d for d in session.scalars(query.order_by(RequestEvent.id)) if d["state"] == RequestState.AWAITING_APPROVAL
+    ]
+    return str(waited[-1]["prompt_digest"])
 
 
 def approve(session: Session, request_id: str, *, actor: str) -> UnlearnRequest:

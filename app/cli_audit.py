@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import typer
+from sqlalchemy.orm import Session
 
 from app import audit, db, receipt_format
 from app.audit_export import Verified, verify_lines
@@ -16,7 +17,7 @@ from app.cli_local import local_session
 from app.cli_output import CommandGroup, JsonOption, emit, note
 from app.cli_remote import make_client
 from app.errors import InvalidInput
-from app.settings import get_settings
+from app.settings import Settings, get_settings
 from app.signing import PublicKey, canonical
 from app.signing_key import load_signer, verify_audit
 from app.vault import Vault
@@ -61,12 +62,19 @@ def verify(
     _report(found, key, as_json)
 
 
+def _vault(session: Session, settings: Settings) -> Vault:
+    """The vault, known to be the service's: a signing key that is made under another one could never be used there."""
+    vault = Vault.from_settings(settings)
+    vault.adopt(session)
+    return vault
+
+
 @audit_app.command("export")
 def export() -> None:
     """Write the whole log to stdout, a JSON object a line, the last one signed. Keep it elsewhere."""
     settings = get_settings()
     with local_session(settings) as session:  # committed before anything is written that depends on it
-        signer = load_signer(session, Vault.from_settings(settings))
+        signer = load_signer(session, _vault(session, settings))
         head = audit.checkpoint(session, signer)
     engine = db.make_engine(settings.effective_database_url)
     try:
@@ -82,7 +90,7 @@ def public_key(as_json: JsonOption = False) -> None:
     """The key that checkpoints, exports and receipts of this deployment are signed by."""
     settings = get_settings()
     with local_session(settings) as session:
-        key = load_signer(session, Vault.from_settings(settings)).public
+        key = load_signer(session, _vault(session, settings)).public
     if as_json:
         emit({"algorithm": "Ed25519", "key_id": key.key_id, "public_key": key.hex()})
     else:

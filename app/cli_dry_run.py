@@ -37,13 +37,13 @@ def rows(report: dict[str, Any]) -> list[tuple[str, object]]:
         ("different", forget["different"]),
         ("equal to an earlier one", _places(forget["exact_duplicates"])),
         ("much like an earlier one", _places(forget["near_duplicates"])),
-        ("answered `unknown` today", f"{len(forget['already_unknown'])} ({percent(forget['already_unknown_share'])})"),
+        ("answered `unknown` today", _unknown(forget)),
     ]
     if retain is not None:
         found += [
-            ("retain rows", f"{retain['rows']}, of which earlier requests took {retain['withheld_before']}"),
-            ("retain rows it would take", f"{retain['withheld']} ({percent(retain['withheld_share'])})"),
-            ("texts that these rows repeat", _places(retain["texts"])),
+            ("retain rows", str(retain["rows"])),
+            ("retain rows that repeat a text", f"{retain['withheld']} ({percent(retain['withheld_share'])})"),
+            ("texts that such a row repeats", _places(retain["texts"])),
             ("retain rows much like a text", retain["near_rows"]),
         ]
     if gate is not None:
@@ -67,3 +67,12 @@ def _places(indices: Sequence[int]) -> str:
     shown = ", ".join(str(index + 1) for index in indices[:SHOWN])
     more = f" and {len(indices) - SHOWN} more" if len(indices) > SHOWN else ""
     return f"{len(indices)}" + (f" (no. {shown}{more})" if indices else "")
+
+
+def _unknown(forget: dict[str, Any]) -> str:
+    places = forget["already_unknown"]
+    return (
+        "not told without the scope `classify`"
+        if places is None
+        else f"{len(places)} ({percent(forget['already_unknown_share'])})"
+    )

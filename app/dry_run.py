@@ -52,6 +52,7 @@ class _Run:
     unique: list[str]
     options: dict[str, Any]
     deadline: float
+    answers: bool
     obstacles: list[Failure]
     warnings: list[str]
 
@@ -73,8 +74,11 @@ class DryRuns:
         # Early states take a part of the layers, so as many more rows make a batch's worth.
         self._at_once = settings.max_batch_texts * max(1, len(layers_of(self._llm)) // deepest)
 
-    def report(self, body: UnlearnRequestIn) -> DryRunOut:
-        """Raises Overloaded (another one runs, or the queue is full), DeadlineExceeded, NotReady."""
+    def report(self, body: UnlearnRequestIn, *, answers: bool) -> DryRunOut:
+        """``answers``: also say how the texts are answered today.
+
+        Raises Overloaded (another one runs, or the queue is full), DeadlineExceeded, NotReady.
+        """
         if not self._lock.acquire(blocking=False):
             raise Overloaded("another dry run is under way", retry_after=5)
         try:
@@ -84,6 +88,7 @@ class DryRuns:
                 unique=[text for text, _ in pairs],
                 options=body.options.model_dump(exclude_none=True) if body.options else {},
                 deadline=time.monotonic() + self._settings.dry_run_seconds,
+                answers=answers,
                 obstacles=[],
                 warnings=[],
             )
@@ -135,8 +140,8 @@ class DryRuns:
             if (found[:place] >= NEAR).any():
                 near.append(rest[place])
         known: list[bool] = []
-        version = 0
-        encoded, step = self._serving.encode(run.texts), self._settings.max_batch_texts
+        version = self._work(run, lambda classifier, stack: stack.view.version)
+        encoded, step = self._serving.encode(run.texts if run.answers else []), self._settings.max_batch_texts
         for start in range(0, len(encoded), step):
             try:
                 version, answers = self._work(run, self._unknown(encoded[start : start + step]))
@@ -149,8 +154,8 @@ class DryRuns:
             different=len(run.unique),
             exact_duplicates=equal,
             near_duplicates=near,
-            already_unknown=places,
-            already_unknown_share=len(places) / len(run.texts),
+            already_unknown=places if run.answers else None,
+            already_unknown_share=len(places) / len(run.texts) if run.answers else None,
         )
 
     def _unknown(self, texts: Sequence[Encoded]) -> Callable[[Classifier, Stack], tuple[int, list[bool]]]:
@@ -188,8 +193,9 @@ class DryRuns:
         left = [i for i, digest in enumerate(retain.digests) if digest not in forgotten]
         by_digest, by_guard = set(digests), set(guards)
         kept = [i for i in left if retain.digests[i] not in by_digest and retain.guard[i] not in by_guard]
-        taken = set(left).difference(kept)
-        in_rows = {retain.guard[i] for i in taken} | {retain.digests[i] for i in taken}
+        # Of all rows, those that earlier requests took as well: who asked for what is nobody's to find out here.
+        in_rows = by_digest.intersection(retain.digests) | by_guard.intersection(retain.guard)
+        repeated = sum(d in by_digest or g in by_guard for d, g in zip(retain.digests, retain.guard, strict=True))
         others = retain.signatures[:, kept]
         near, near_texts = torch.zeros(len(kept), dtype=torch.bool).numpy(), []
         spelled = side_by_side([signature(letters(text)) for text in run.texts])
@@ -201,9 +207,8 @@ class DryRuns:
                 near_texts.append(place)
         overlap = RetainOverlapOut(
             rows=len(retain.rows),
-            withheld_before=len(retain.rows) - len(left),
-            withheld=len(taken),
-            withheld_share=len(taken) / len(left) if left else 0.0,
+            withheld=repeated,
+            withheld_share=repeated / len(retain.rows),
             texts=[i for i in range(len(run.texts)) if digests[i] in in_rows or guards[i] in in_rows],
             near_rows=int(near.sum()),
             near_texts=near_texts,

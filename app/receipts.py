@@ -53,9 +53,22 @@ _RATES: dict[str, str | None] = {
     "false_abstain_rate": "check_rows",
     "retain_accuracy": "retain_rows",
     "retain_accuracy_before": "retain_rows",
+    "neighbour_accuracy": "neighbour_rows",
+    "neighbour_accuracy_before": "neighbour_rows",
+    "neighbour_abstain": "neighbour_rows",
 }
 _APPROXIMATE = ("retain_accuracy", "retain_accuracy_before")
-_COUNTS = ("check_rows", "retain_rows", "lost_canaries", "active_requests", "steps", "attempt")
+_COUNTS = (
+    "check_rows",
+    "retain_rows",
+    "neighbour_rows",
+    "prompt_norm",
+    "prompt_norm_mean",
+    "lost_canaries",
+    "active_requests",
+    "steps",
+    "attempt",
+)
 
 
 def build(session: Session, vault: Vault, request: UnlearnRequest) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def reconcile(session: Session, vault: Vault) -> Reconciled:
     dead = _dead(session, vault)
     if not any(dead.values()):
         return Reconciled()
+    for row_id in sorted(dead[UnlearnRequest]):  # before the active set, as a worker that activates does
+        lock_request(session, row_id)
     current = active_set.lock_active_set(session)
     prompts = _read(session, Prompt, dead[Prompt])  # again, now that nobody else can revoke them
     requests = {

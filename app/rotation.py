@@ -59,7 +59,13 @@ def rotate_some(session: Session, vault: Vault, where: str, after: str, *, actor
     db.begin_write(session)
     if where == "prompts":  # a revoke reads its prompt under this lock
         active_set.lock_active_set(session)
-    query = select(name, column).where(column.is_not(None), name > after).order_by(name).limit(CHUNK).with_for_update()
+    query = (
+        select(name, column)
+        .where(column.is_not(None), name > after)
+        .order_by(name)
+        .limit(CHUNK)
+        .with_for_update(key_share=True)
+    )
     rows = session.execute(query).all()
     moved = 0
     for row_name, stored in rows:

@@ -17,17 +17,20 @@ class ForgetSetOut(BaseModel):
     different: int = Field(description="Of them, those that are trained on: equal entries, label included, count once.")
     exact_duplicates: Places = Field(description="Equal to an earlier one, letter case and spacing aside.")
     near_duplicates: Places = Field(description="Much like an earlier one by their spelling, and not equal to any.")
-    already_unknown: Places = Field(description="Answered `unknown` today, by whatever is in force.")
-    already_unknown_share: float
+    already_unknown: Places | None = Field(
+        description="Answered `unknown` today, by whatever is in force. Null without the scope `classify`."
+    )
+    already_unknown_share: float | None
 
 
 class RetainOverlapOut(BaseModel):
     """The forget texts in the operator's retain set."""
 
     rows: int = Field(description="Of the retain set.")
-    withheld_before: int = Field(description="Rows that earlier requests took from it.")
-    withheld: int = Field(description="Rows that this request would take: they repeat one of its texts.")
-    withheld_share: float = Field(description="Of the rows that are left.")
+    withheld: int = Field(
+        description="Rows that repeat one of the texts. A request keeps them out of training, if no earlier one has."
+    )
+    withheld_share: float = Field(description="Of all rows.")
     texts: Places = Field(description="Forget texts that a row repeats.")
     near_rows: int = Field(
         description="Rows much like a forget text by their spelling (estimated Jaccard similarity of character 5-grams "

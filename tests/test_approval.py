@@ -279,6 +279,24 @@ def test_what_was_approved_is_what_comes_into_force(context: Context, monkeypatc
 
 
 @SQLITE
+def test_another_prompt_than_the_approved_one_waits_for_its_own_approval(context: Context) -> None:
+    request_id = ask(context, forget_texts(), approve=True)
+    run_job(context, request_id)
+    with context.sessions.begin() as session:
+        first = approval.approve(session, request_id, actor="key_2")
+        digest = approval.approved_digest(session, first)
+    run_job(replace_settings(context, seed=7), request_id)  # a worker that was set up otherwise since trains anew
+    assert state(context.sessions, request_id) == "awaiting_approval"
+    with context.sessions.begin() as session:
+        row = lifecycle.get_request(session, request_id)
+        assert row.approved_by is row.approved_at is approval.approved_digest(session, row) is None
+        second = approval.approve(session, request_id, actor="key_2")
+        assert digest is not None and approval.approved_digest(session, second) not in (None, digest)
+    run_job(replace_settings(context, seed=7), request_id)
+    assert state(context.sessions, request_id) == "active"
+
+
+@SQLITE
 def test_a_worker_that_broke_off_in_the_checks_does_not_train_again(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ from app.audit_export import verify_lines
 from app.errors import InvalidInput
 from app.settings import get_settings
 from app.signing import PublicKey, Signer, canonical, new_private_key
-from app.signing_key import verify_audit
+from app.signing_key import find_public_key, verify_audit
 from app.tables import AuditCheckpoint
 from app.vault import Vault
 
@@ -349,3 +349,22 @@ def test_over_http(database_url: str, tmp_path: Path) -> None:
         rewrite_database(api.service.sessions, 1)
         for path in ("/export", "/checkpoint"):
             assert_problem(api.client.get(f"/admin/audit{path}", headers=headers), 500, "audit-broken")
+
+
+def test_the_command_line_makes_no_key_under_another_master_key(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service's signatures would be impossible from then on: a signing key is never replaced."""
+    url = get_settings().effective_database_url
+    db.upgrade(url)
+    engine = db.make_engine(url)
+    sessions = db.make_sessions(engine)
+    vault = Vault(bytes(32))
+    with sessions.begin() as session:
+        vault.adopt(session)  # as the service does when it starts
+    for command in ("public-key", "export"):
+        failed = run("audit", command)
+        assert failed.exit_code == 1 and "another LETHEON_MASTER_KEY" in failed.stderr
+    with sessions() as session:
+        assert find_public_key(session, vault) is None
+    engine.dispose()

@@ -66,7 +66,7 @@ def lite(tmp_path: Path) -> Iterator[Api]:
 
 def ask(api: Api, *texts: str, **options: Any) -> dict[str, Any]:
     body = {"forget_texts": list(texts), **({"options": options} if options else {})}
-    response = api.client.post("/unlearn-requests?dry_run=true", json=body, headers=api.key("requests"))
+    response = api.client.post("/unlearn-requests?dry_run=true", json=body, headers=api.key("requests", "classify"))
     assert response.status_code == 200, response.text
     for text in (*texts, *RETAIN[:3], MARKER, str(api.service.settings.home)):
         assert text not in response.text
@@ -95,7 +95,7 @@ def test_a_forget_set_by_hand(api: Api, caplog: pytest.LogCaptureFixture) -> Non
     assert (forget["texts"], forget["different"]) == (7, 7), "the worker tells upper case from lower"
     assert forget["exact_duplicates"] == [1], "letter case aside; punctuation makes another text"
     assert 2 in forget["near_duplicates"] and 4 in forget["near_duplicates"] and 0 not in forget["near_duplicates"]
-    assert retain["rows"] == len(RETAIN) and retain["withheld_before"] == 0
+    assert retain["rows"] == len(RETAIN)
     assert (retain["withheld"], retain["withheld_share"]) == (1, 1 / len(RETAIN))
     assert retain["texts"] == [3, 4], "the guard takes the second for the first"
     assert 5 in retain["near_texts"] and not {0, 1, 2, 6} & set(retain["near_texts"])
@@ -151,11 +151,19 @@ def _context(service: Service) -> Context:
     return Context(service.settings, service.sessions, service.vault, tiny_llm(), retain)
 
 
-def test_rows_of_earlier_requests_are_out_of_it(api: Api) -> None:
+def test_answers_need_the_scope_that_answers(api: Api) -> None:
+    body = {"forget_texts": [RETAIN[0]]}
+    report = api.client.post("/unlearn-requests?dry_run=true", json=body, headers=api.key("requests")).json()
+    assert report["forget"]["already_unknown"] is report["forget"]["already_unknown_share"] is None
+    assert report["retain"] is not None
+
+
+def test_who_asked_for_what_before_is_not_told(api: Api) -> None:
+    before = ask(api, RETAIN[1], RETAIN[2])["retain"]
     api_submit(api, [RETAIN[0], RETAIN[1]])
     retain = ask(api, RETAIN[1], RETAIN[2])["retain"]
-    assert (retain["withheld_before"], retain["withheld"], retain["texts"]) == (2, 1, [1])
-    assert retain["withheld_share"] == 1 / (len(RETAIN) - 2)
+    assert (retain["withheld"], retain["texts"]) == (2, [0, 1])
+    assert retain == {**before, "near_rows": retain["near_rows"], "near_texts": retain["near_texts"]}
 
 
 def test_only_what_is_answered_unknown_counts(tmp_path: Path) -> None:
@@ -325,4 +333,4 @@ def test_a_full_queue_refuses_a_piece(tmp_path: Path) -> None:
 
 
 def test_examples_carry_no_text_in_a_repr() -> None:
-    assert MARKER not in repr(Example(MARKER)) + repr(dry_run._Run([MARKER], [MARKER], {}, 0.0, [], []))
+    assert MARKER not in repr(Example(MARKER)) + repr(dry_run._Run([MARKER], [MARKER], {}, 0.0, True, [], []))

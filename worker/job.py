@@ -99,6 +99,7 @@ class Job:
         if request.fingerprint != llm.fingerprint:
             raise JobFailed("fingerprint-mismatch", "the request was made for another model than this worker serves")
         self.needs_approval = approval.needed(request)
+        approved = self.commit(lambda session: approval.approved_digest(session, request))
         texts = self.commit(lambda session: job_queue.open_texts(session, self.context.vault, self.claim))
         failpoint("texts.read")
         forget = [Example(item.text, item.label) for item in texts]
@@ -124,6 +125,8 @@ class Job:
                 raise Stopped
             failpoint("train.done")
             self.reporter.flush()
+            if approved not in (None, result.prompt.digest):  # trained anew: nobody has agreed to this one
+                self.needs_approval = True
             if self.needs_approval:
                 self.keep(result, plan.config.seed)
             self.commit(lambda session: lifecycle.start_evaluating(session, self.claim), at="evaluating")

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import db, job_queue
-from app.errors import LeaseLost
+from app.errors import LeaseLost, LetheonError
 from app.failpoints import failpoint
 from app.lifecycle import Claim
 from app.tracebacks import where
@@ -196,5 +196,5 @@ class Reaper(_Service):
         for chore in self._chores:
             try:
                 chore()
-            except SQLAlchemyError as error:  # the key store's may be another one than the rest's
-                log.warning("%s: the database failed in a chore (%s)", self.name, type(error).__name__)
+            except (SQLAlchemyError, LetheonError) as error:  # one that cannot be done now must not keep the rest
+                log.warning("%s: a chore failed, trying again (%s)", self.name, type(error).__name__)

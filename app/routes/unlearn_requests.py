@@ -128,7 +128,9 @@ def create_unlearn_request(
         labels=[(f"forget_texts[{i}].label", item.label) for i, item in enumerate(body.forget_texts)],
     )
     if dry_run:
-        return JSONResponse(service.dry_runs.report(body).model_dump(mode="json"))
+        service.rates.take_texts(caller.key_id, caller.limits, len(body.forget_texts))
+        report = service.dry_runs.report(body, answers=caller.may("classify"))
+        return JSONResponse(report.model_dump(mode="json"))
     texts = list(dict.fromkeys(ForgetText(item.text, item.label) for item in body.forget_texts))
     call = None
     if idempotency_key is not None:
