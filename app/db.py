@@ -9,6 +9,8 @@ into a write lock, which is the case that SQLite answers with "database is locke
 from __future__ import annotations
 
 import logging
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +31,7 @@ MIGRATIONS = Path(__file__).resolve().parent.parent / "alembic"
 UNANSWERED = (OperationalError, InterfaceError, PoolTimeout)
 """What a database says when it restarts, is locked, is full or cannot be reached."""
 BUSY_SECONDS = 30.0
+_RETRY_SECONDS = 0.01
 _EMPTY_LOG_SECONDS = 0.5
 KEEP_TEXTS = "keep_texts"
 """In ``Session.info``: what ``make_sessions`` was told."""
@@ -59,9 +62,24 @@ def make_engine(url: str, *, busy_seconds: float = BUSY_SECONDS, **pool: Any) ->
 
 def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+    _use_wal(cursor)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}").fetchall()
     cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Two processes may make the file at once, and a change of journal mode does not wait as all else does: SQLite
+    answers SQLITE_BUSY at once."""
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL").fetchall()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(_RETRY_SECONDS)
 
 
 def make_sessions(engine: Engine, *, keep_texts: timedelta = timedelta()) -> sessionmaker[Session]:

@@ -18,6 +18,7 @@ from app.settings import Settings
 
 MAX_BUCKETS = 10_000
 _MINUTE = 60.0
+_ROUNDING = 1e-6  # of a token: who has waited as long as it was told must not fall short by a float's last digit
 
 
 class RateLimits:
@@ -54,11 +55,12 @@ class RateLimits:
             tokens, at = self._buckets.get((key_id, name), (float(limit), now))
             tokens = min(float(limit), tokens + (now - at) * limit / _MINUTE)  # the limit may have changed meanwhile
             left = tokens - count
-            self._buckets[key_id, name] = (tokens if left < 0 else left, now)
+            refused = left < -_ROUNDING
+            self._buckets[key_id, name] = (tokens if refused else max(0.0, left), now)
             self._buckets.move_to_end((key_id, name))
             while len(self._buckets) > self._most:  # who has not asked for longest; after a minute its bucket is full
                 self._buckets.popitem(last=False)
-        if left < 0:
+        if refused:
             raise RateLimited(
                 f"{name}: this API key may have {limit} in a minute",
                 limit=limit,

@@ -34,15 +34,20 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(params=database_kinds())
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database, on every kind there is."""
+    """The URL of a migrated database, on every kind there is."""
     with fresh_database(request.param, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture(params=database_kinds())
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The same, without a table."""
+    with fresh_database(request.param, tmp_path, empty=True) as url:
         yield url
 
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    """An engine on a migrated database."""
-    db.upgrade(database_url)
     engine = db.make_engine(database_url)
     yield engine
     engine.dispose()
@@ -61,7 +66,7 @@ def vault() -> Vault:
 @pytest.fixture
 def keystore(database_url: str, tmp_path: Path) -> Iterator[KeyStore]:
     """A key store beside the database, of the same kind."""
-    with fresh_database("sqlite" if database_url.startswith("sqlite") else "postgresql", tmp_path) as url:
+    with fresh_database("sqlite" if database_url.startswith("sqlite") else "postgresql", tmp_path, empty=True) as url:
         store = KeyStore(url)
         yield store
         store.close()

@@ -157,7 +157,6 @@ def test_the_first_key_is_printed_once(database_url: str, tmp_path: Path, capsys
 
 
 def test_two_first_starts_make_one_key(database_url: str) -> None:
-    db.upgrade(database_url)
     engine = db.make_engine(database_url)
     sessions = db.make_sessions(engine)
     barrier = threading.Barrier(4)

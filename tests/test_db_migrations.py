@@ -33,26 +33,26 @@ def test_migrated_schema_is_the_models_schema(engine: Engine) -> None:
     assert set(inspect(engine).get_table_names()) == TABLES | {"alembic_version"}
 
 
-def test_up_down_up_with_data(database_url: str, vault: Vault) -> None:
-    db.upgrade(database_url)
-    engine = db.make_engine(database_url)
+def test_up_down_up_with_data(empty_database_url: str, vault: Vault) -> None:
+    db.upgrade(empty_database_url)
+    engine = db.make_engine(empty_database_url)
     sessions = db.make_sessions(engine)
     first, second = submit(sessions, vault), submit(sessions, vault)
     activate(sessions, vault, must_take(sessions, first), version=0)
     must_take(sessions, second)
     engine.dispose()
 
-    db.upgrade(database_url)  # nothing to do, and nothing is lost
+    db.upgrade(empty_database_url)  # nothing to do, and nothing is lost
     assert state(sessions, first) == "active"
     engine.dispose()
 
-    db.downgrade(database_url, "base")
+    db.downgrade(empty_database_url, "base")
     assert not set(inspect(engine).get_table_names()) & TABLES
     with pytest.raises(NotReady, match="nothing"):
         db.check_schema(engine)
     engine.dispose()
 
-    db.upgrade(database_url)
+    db.upgrade(empty_database_url)
     db.check_schema(engine)
     with sessions() as session:
         assert active_set.read_active_set(session) == active_set.ActiveSetView(0, active_set.set_digest([]))
@@ -105,10 +105,10 @@ def fill_first_schema(engine: Engine, vault: Vault, prompts: dict[str, bytes]) -
     return sealed
 
 
-def test_from_the_first_schema_to_gates_and_back(database_url: str, vault: Vault) -> None:
+def test_from_the_first_schema_to_gates_and_back(empty_database_url: str, vault: Vault) -> None:
     """What was in force stays servable, in the mode it was trained for; what was revoked is shredded now."""
-    db.upgrade(database_url, "0001")
-    engine = db.make_engine(database_url)
+    db.upgrade(empty_database_url, "0001")
+    engine = db.make_engine(empty_database_url)
     kept, gone = soft_prompt(1), soft_prompt(2)
     sealed = fill_first_schema(engine, vault, {"revoked": gone.to_bytes(), "active": kept.to_bytes()})
     engine.dispose()
@@ -118,7 +118,7 @@ def test_from_the_first_schema_to_gates_and_back(database_url: str, vault: Vault
         with sessions() as session:
             return [prompt.digest for prompt in reader.read(session).prompts]
 
-    db.upgrade(database_url)
+    db.upgrade(empty_database_url)
     sessions = db.make_sessions(engine)
     assert served() == [kept.digest]
     with sessions() as session:
@@ -130,11 +130,11 @@ def test_from_the_first_schema_to_gates_and_back(database_url: str, vault: Vault
         assert version.digest == active_set.read_active_set(session).digest
         assert [prompt.id for prompt in set_history.members_of(session, 3)] == [active.id]
     engine.dispose()
-    if database_url.startswith("sqlite"):  # not even in what the file no longer uses
-        content = Path(database_url.removeprefix("sqlite:///")).read_bytes()
+    if empty_database_url.startswith("sqlite"):  # not even in what the file no longer uses
+        content = Path(empty_database_url.removeprefix("sqlite:///")).read_bytes()
         assert (sealed["active"] in content, sealed["revoked"] in content) == (True, False)
 
-    db.downgrade(database_url, "0001")
+    db.downgrade(empty_database_url, "0001")
     columns = {column["name"] for column in inspect(engine).get_columns("prompts")}
     assert {"wrapped_key", "sealed"} <= columns and not {"mode", "gate_digest", "gate_space", "sealed_gate"} & columns
     with engine.connect() as connection:
@@ -142,7 +142,7 @@ def test_from_the_first_schema_to_gates_and_back(database_url: str, vault: Vault
         assert [(row.state, bytes(row.sealed)) for row in rows] == [("active", sealed["active"])]
     engine.dispose()
 
-    db.upgrade(database_url)
+    db.upgrade(empty_database_url)
     assert served() == [kept.digest]
     with sessions.begin() as session:  # and it can go like any other
         active_set.revoke_prompt(session, active.id, actor="key_1", reason=None)
@@ -150,12 +150,12 @@ def test_from_the_first_schema_to_gates_and_back(database_url: str, vault: Vault
     engine.dispose()
 
 
-def test_two_processes_may_migrate_at_once(database_url: str) -> None:
+def test_two_processes_may_migrate_at_once(empty_database_url: str) -> None:
     errors: list[BaseException] = []
 
     def up() -> None:
         try:
-            db.upgrade(database_url)
+            db.upgrade(empty_database_url)
         except BaseException as error:
             errors.append(error)
 
@@ -163,7 +163,7 @@ def test_two_processes_may_migrate_at_once(database_url: str) -> None:
     code = "import sys; from app import db; db.upgrade(sys.argv[1])"
     root = Path(db.__file__).parent.parent
     others = [
-        subprocess.Popen([sys.executable, "-c", code, database_url], env={**os.environ, "PYTHONPATH": str(root)})
+        subprocess.Popen([sys.executable, "-c", code, empty_database_url], env={**os.environ, "PYTHONPATH": str(root)})
         for _ in range(2)
     ]
     thread = threading.Thread(target=up)
@@ -171,28 +171,28 @@ def test_two_processes_may_migrate_at_once(database_url: str) -> None:
     thread.join()
     assert [other.wait(60) for other in others] == [0, 0]
     assert errors == []
-    engine = db.make_engine(database_url)
+    engine = db.make_engine(empty_database_url)
     db.check_schema(engine)
     engine.dispose()
 
 
-def test_failed_migration_leaves_nothing_behind(database_url: str) -> None:
-    with pytest.raises(RuntimeError, match="half-way"), db.migrating(database_url) as connection:
+def test_failed_migration_leaves_nothing_behind(empty_database_url: str) -> None:
+    with pytest.raises(RuntimeError, match="half-way"), db.migrating(empty_database_url) as connection:
         connection.execute(text("CREATE TABLE half (id INTEGER)"))
         raise RuntimeError("half-way")
-    engine = db.make_engine(database_url)
+    engine = db.make_engine(empty_database_url)
     assert inspect(engine).get_table_names() == []
     engine.dispose()
 
 
-def test_command_line_reads_the_settings_from_any_folder(database_url: str, tmp_path: Path) -> None:
+def test_command_line_reads_the_settings_from_any_folder(empty_database_url: str, tmp_path: Path) -> None:
     root = Path(db.__file__).parent.parent
     command = [sys.executable, "-m", "alembic", "-c", str(root / "alembic.ini"), "upgrade", "head"]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "DATABASE_URL": database_url}, capture_output=True, text=True
+        command, cwd=tmp_path, env={**os.environ, "DATABASE_URL": empty_database_url}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    engine = db.make_engine(database_url)
+    engine = db.make_engine(empty_database_url)
     db.check_schema(engine)
     engine.dispose()
 

@@ -34,7 +34,6 @@ pytestmark = pytest.mark.skipif(postgres_admin_url() is None, reason="KEDA's que
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     with fresh_database("postgresql", tmp_path) as made:
-        db.upgrade(made)
         yield made
 
 

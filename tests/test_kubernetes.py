@@ -277,7 +277,7 @@ def run_init(
 def test_pods_wait_for_the_migration(tmp_path: Path) -> None:
     scripts = {pods()[pod]["initContainers"][0]["command"][-1] for pod in ("letheon-api", "letheon-worker")}
     assert len(scripts) == 1
-    with fresh_database(database_kinds()[-1], tmp_path) as url:
+    with fresh_database(database_kinds()[-1], tmp_path, empty=True) as url:
         command, environment = init_command("letheon-api", "migrated"), init_environment({"DATABASE_URL": url})
         waiting = subprocess.Popen(
             command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True

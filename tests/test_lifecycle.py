@@ -149,7 +149,6 @@ class Requests(RuleBasedStateMachine):
             url = migrated_database(Path(folder) / "test.db")
         else:
             url = self.stack.enter_context(fresh_database(self.kind, Path()))
-            db.upgrade(url)
         self.engine: Engine = db.make_engine(url)
         self.stack.callback(self.engine.dispose)
         self.sessions = db.make_sessions(self.engine)

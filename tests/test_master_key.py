@@ -112,7 +112,6 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("engines")
 def test_the_worker_does_not_start_under_another_key(database_url: str, tmp_path: Path) -> None:
-    db.upgrade(database_url)
     knobs: dict[str, Any] = {
         "model": str(make_tiny_model(tmp_path / "model")),
         "quantization": "none",

@@ -378,7 +378,6 @@ def test_any_order_of_changes(kind: str) -> None:
                 url = migrated_database(folder / f"{next(names)}.db")
             else:
                 url = stack.enter_context(fresh_database(kind, folder))
-                db.upgrade(url)
             engine = db.make_engine(url)
             stack.callback(engine.dispose)
             history = History(db.make_sessions(engine))

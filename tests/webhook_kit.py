@@ -81,6 +81,7 @@ def receiving(
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         block_on_close = False
+        request_queue_size = 128  # with the default of 5, a connection of many at once waits seconds for its next try
 
         def handle_error(self, *_: Any) -> None:
             """A client that hung up is what some of these tests are about."""
