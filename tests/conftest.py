@@ -19,6 +19,30 @@ from app.vault import Vault
 torch.set_num_threads(1)
 
 
+# Minutes of waiting for real processes, in modules of few tests: last, they would leave all other workers idle.
+LONGEST = (
+    "test_durability",
+    "test_ray_serve",
+    "test_processes",
+    "test_cli_serve",
+    "test_gateway",
+    "test_bench_replicas",
+    "test_bench_attacks",
+    "test_cli_bulk",
+    "test_bench_faults",
+    "test_webhook_deliveries",
+    "test_tracing",
+    "test_watchdog",
+    "test_broker",
+    "test_bench_quality",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # stable: the rest stays as it was
+
+
 def pytest_report_header() -> list[str]:
     """What a run covers depends on the servers it finds; say which."""
     postgres, redis = postgres_admin_url(), redis_url()
