@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,10 +20,8 @@ from app import approval, audit, db, set_history, shredding
 from app.errors import (
     Conflict,
     InvalidInput,
-    KeyDestroyed,
     NotFound,
     NotReady,
-    ShareMissing,
     StaleActiveSet,
     VaultError,
 )
@@ -37,11 +34,10 @@ from app.tables import (
     Prompt,
     PromptState,
     RequestState,
-    UnlearnRequest,
     new_id,
     utcnow,
 )
-from app.vault import ANOTHER_KEY, Vault
+from app.vault import Vault
 
 READ_CHUNK = 200  # prompts per statement: a row of a large model holds megabytes
 
@@ -305,27 +301,6 @@ def forgotten_digests(session: Session) -> set[bytes]:
     Also of requests that failed, were cancelled or revoked: a later request is no occasion to teach those texts.
     """
     return set(session.scalars(select(ForgetDigest.digest)))
-
-
-def check_master_key(session: Session, vault: Vault) -> None:
-    """Raises VaultError when what is sealed here was sealed under another master key, or needs another key store.
-
-    Better known at the start than from requests that fail one after another, their texts shredded.
-    """
-    for table in (Prompt, UnlearnRequest):
-        query = select(table.wrapped_key).where(table.wrapped_key.is_not(None)).order_by(table.id.desc())
-        with closing(session.execute(query.execution_options(yield_per=20))) as newest_first:
-            for row in newest_first:
-                assert row.wrapped_key is not None
-                try:
-                    vault.seal(row.wrapped_key, b"", aad="")
-                except KeyDestroyed:
-                    continue  # a backup came back; it says nothing of the master key, and ``app.reconcile`` sees to it
-                except ShareMissing:
-                    raise
-                except VaultError:
-                    raise VaultError(ANOTHER_KEY) from None
-                break
 
 
 def lock_active_set(session: Session) -> ActiveSet:

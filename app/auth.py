@@ -101,11 +101,8 @@ async def authorize(
     return caller
 
 
-READS_ALL = ("admin", "auditor", "approve")
-"""Scopes that see the requests of every key."""
-
 RequestsCaller = Annotated[Caller, Security(authorize, scopes=["requests"])]
-ReaderCaller = Annotated[Caller, Security(authorize, scopes=["requests", *READS_ALL])]
+ReaderCaller = Annotated[Caller, Security(authorize, scopes=["requests", *keys.READS_ALL])]
 CancellingCaller = Annotated[Caller, Security(authorize, scopes=["requests", "admin"])]
 ApproverCaller = Annotated[Caller, Security(authorize, scopes=["approve"])]
 ClassifyCaller = Annotated[Caller, Security(authorize, scopes=["classify"])]

@@ -16,7 +16,7 @@ active_sets = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Active s
 
 @prompts.command("list")
 def list_prompts(
-    state: Annotated[str | None, typer.Option(help="active or revoked.")] = None,
+    state: Annotated[str | None, typer.Option(help="active, suspended or revoked.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
     cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
     as_json: JsonOption = False,

@@ -56,11 +56,15 @@ def rows(report: dict[str, Any]) -> list[tuple[str, object]]:
         interval = f"{blast['low']:.2%} to {blast['high']:.2%}"
         found += [
             ("blast radius", f"{blast['share']:.2%} of {blast['rows']} other texts ({interval})"),
-            ("with all gates in force", f"{blast['share_with_active_set']:.2%}"),
+            ("with all gates in force", _with_others(blast["share_with_active_set"])),
         ]
     cost = report["cost"]
     seconds = "?" if cost["seconds"] is None else f"{cost['seconds']:.0f}"
     return [*found, ("training", f"{cost['planned_steps']} steps, {seconds} s: {cost['basis']}")]
+
+
+def _with_others(share: float | None) -> str:
+    return "?" if share is None else f"{share:.2%}"
 
 
 def _places(indices: Sequence[int]) -> str:

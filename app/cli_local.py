@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import db, keys, pull
 from app.cli_output import CommandGroup, JsonOption, bar, byte_bar, emit, note, print_table
 from app.defaults import resolve_model
-from app.errors import InvalidInput
+from app.errors import InvalidInput, KeyStoreAway
+from app.keystore import KeyStore
 from app.settings import Settings, get_settings
 from app.tables import ApiKey, utcnow
 
@@ -152,10 +153,24 @@ def keys_revoke(key_id: str, as_json: JsonOption = False) -> None:
     """Revoke a key, at once and for good."""
     with local_session(get_settings()) as session:
         row = _key_row(keys.revoke_key(session, key_id, actor="cli"))
+    _remember(get_settings(), key_id)
     if as_json:
         emit(row)
     else:
         note(f"{row['id']} ({row['name']}) is revoked")
+
+
+def _remember(settings: Settings, key_id: str) -> None:
+    """So that no restored backup brings it back. What cannot be told now a worker tells."""
+    if not settings.effective_keystore_url:
+        return
+    keystore = KeyStore(settings.effective_keystore_url)
+    try:
+        keystore.add_ended([key_id])
+    except KeyStoreAway as error:
+        note(f"{error.detail}: a worker tells it of the revocation when it answers again")
+    finally:
+        keystore.close()
 
 
 def _key_row(key: ApiKey) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, key_file, rotation
+from app import key_file, reconcile, rotation
 from app.cli_local import local_sessions
 from app.cli_output import CommandGroup, JsonOption, bar, emit, note, print_table
 from app.errors import Conflict, InvalidInput
@@ -77,7 +77,7 @@ def rotate(
             rotation.check_adopted(session)
         if new_key_file:
             with _vault(settings) as vault, sessions() as session:
-                active_set.check_master_key(session, vault)  # a key that opens nothing must not be put aside
+                reconcile.check_master_key(session, vault)  # a key that opens nothing must not be put aside
             key_file.swap(settings.home)
         with _vault(settings) as vault:
             moved = _rotate(sessions, vault)

@@ -20,7 +20,7 @@ def create(
     url: Annotated[str, typer.Argument(help="Where to; https:// and public, unless the server allows others.")],
     state: Annotated[list[str] | None, typer.Option(help="Tell of this state; repeatable. Default: of all.")] = None,
     all_requests: Annotated[
-        bool, typer.Option("--all-requests", help="Of everybody's requests (scope `admin` or `auditor`).")
+        bool, typer.Option("--all-requests", help="Of everybody's requests (scope `admin`, `auditor` or `approve`).")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -185,17 +185,18 @@ class DryRuns:
         return self._retain
 
     def _overlap(self, run: _Run, retain: RetainSet) -> tuple[RetainOverlapOut, list[int]]:
-        """What the request has in common with the retain set, and the rows that would be left."""
-        with self._sessions() as session:
-            forgotten = active_set.forgotten_digests(session)
+        """What the request has in common with the retain set, and the rows that would be left were it the only one.
+
+        Rows that earlier requests took count like all others, here and for the gate: or whoever sends a text much like
+        a row could see by the figures whether somebody has asked to forget that row.
+        """
         digests = [self._vault.digest(text) for text in run.texts]
         guards = [self._vault.gate_digest(text) for text in run.texts]
-        left = [i for i, digest in enumerate(retain.digests) if digest not in forgotten]
         by_digest, by_guard = set(digests), set(guards)
-        kept = [i for i in left if retain.digests[i] not in by_digest and retain.guard[i] not in by_guard]
-        # Of all rows, those that earlier requests took as well: who asked for what is nobody's to find out here.
+        pairs = zip(retain.digests, retain.guard, strict=True)
+        kept = [i for i, (digest, guard) in enumerate(pairs) if digest not in by_digest and guard not in by_guard]
         in_rows = by_digest.intersection(retain.digests) | by_guard.intersection(retain.guard)
-        repeated = sum(d in by_digest or g in by_guard for d, g in zip(retain.digests, retain.guard, strict=True))
+        repeated = len(retain.rows) - len(kept)
         others = retain.signatures[:, kept]
         near, near_texts = torch.zeros(len(kept), dtype=torch.bool).numpy(), []
         spelled = side_by_side([signature(letters(text)) for text in run.texts])
@@ -260,7 +261,7 @@ class DryRuns:
             share=share.mean,
             low=share.low,
             high=share.high,
-            share_with_active_set=total,
+            share_with_active_set=total if run.answers else None,
         )
 
     def _judge(self, run: _Run, fit: GateFit, total: float, rows: int) -> None:
@@ -272,7 +273,10 @@ class DryRuns:
             )
             run.obstacles.append(Failure(code="gate-too-narrow", detail=detail))
         if total > max(settings.max_total_claim_rate, 1 / rows) + 1e-9:  # as the checks have it
-            detail = f"the gates would claim {total:.4f} of the retain rows, more than {settings.max_total_claim_rate}"
+            found = f"{total:.4f}" if run.answers else "more"
+            detail = (
+                f"all gates together would claim {found} of the retain rows; {settings.max_total_claim_rate} may be"
+            )
             run.obstacles.append(Failure(code="checks-failed", detail=detail))
         run.warnings += reach_warnings(fit)
 

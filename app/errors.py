@@ -115,6 +115,12 @@ class Busy(NotReady):
     """Not ready for now, and nothing is broken."""
 
 
+class KeyStoreAway(NotReady):
+    """The key store does not answer: nothing can be sealed, and nothing opened that is not in memory yet."""
+
+    code, title = "keystore-away", "The key store does not answer"
+
+
 class Stuck(LetheonError):
     """The model thread is gone or does not come back: only a new process helps."""
 

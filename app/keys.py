@@ -21,6 +21,9 @@ SCOPES = ("requests", "classify", "scores", "approve", "auditor", "admin", "metr
 """``requests``: one's own. ``approve``: agree to what another key asked for. ``auditor``: read everything but texts.
 ``admin``: all of it, and revoke, which un-forgets."""
 
+READS_ALL = ("admin", "auditor", "approve")
+"""Scopes that see the requests of every key, and whose webhooks may be told of them."""
+
 LIMITS = ("rate_per_minute", "classify_texts_per_minute", "requests_per_day", "texts_per_day", "active_prompts")
 """Settings that a key may have its own value of."""
 MAX_LIMIT = 2**31 - 1
@@ -114,8 +117,8 @@ def list_keys(session: Session) -> list[ApiKey]:
     return list(session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)))
 
 
-def revoke_key(session: Session, key_id: str, *, actor: str) -> ApiKey:
-    """Raises NotFound, Conflict (already revoked)."""
+def revoke_key(session: Session, key_id: str, *, actor: str, detail: Mapping[str, str] | None = None) -> ApiKey:
+    """``detail``: for the audit log. Raises NotFound, Conflict (already revoked)."""
     db.begin_write(session)
     query = select(ApiKey).where(ApiKey.id == key_id).with_for_update()
     key = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
@@ -124,7 +127,7 @@ def revoke_key(session: Session, key_id: str, *, actor: str) -> ApiKey:
     if key.revoked_at is not None:
         raise Conflict("the API key is already revoked")
     key.revoked_at = utcnow()
-    audit.append(session, actor=actor, action="key.revoked", subject=key.id, detail={})
+    audit.append(session, actor=actor, action="key.revoked", subject=key.id, detail=dict(detail or {}))
     return key
 
 

@@ -138,6 +138,8 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     vault = Vault.from_settings(settings)
     stack.callback(vault.close)
     make_ready(sessions, vault)
+    if vault.keystore is not None:
+        stack.callback(vault.keystore.watch(settings.active_set_poll_seconds))
     celery = make_celery(settings)
     stack.callback(celery.close)
     model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
@@ -150,7 +152,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
         key_uses.note(key.id)
         rates.take_call(key.id, key.limits)
 
-    scrapes = Scrapes(counts, sessions, serving.check, admitted)
+    scrapes = Scrapes(counts, sessions, serving.check, admitted, vault.keystore)
     stack.callback(scrapes.close)
     first = create_first_key(sessions) if settings.first_key else None
     if first is not None:

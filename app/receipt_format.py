@@ -45,7 +45,11 @@ class ReceiptInvalid(LetheonError):
 
 
 def wilson(rate: float, rows: int) -> tuple[float, float]:
-    """The 95 % interval of a rate that was seen on so many rows (Wilson 1927). Raises InvalidInput."""
+    """The 95 % interval of a rate that was seen on so many rows (Wilson 1927). Raises InvalidInput.
+
+    ``models.metrics`` has its own, of hits: what verifies a receipt must run without torch, and a weighed rate has no
+    whole number of hits. A test holds them together.
+    """
     if rows < 1 or not 0 <= rate <= 1:
         raise InvalidInput("an interval needs at least one row, and a rate from 0 to 1")
     spread = Z95**2 / rows

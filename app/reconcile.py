@@ -1,25 +1,27 @@
 """What happens before anything is served: the keys are checked, and a restored backup is brought up to date.
 
 A backup may bring back what was revoked or shredded after it was made. Its keys do not open, because their shares are
-destroyed; the key store's tombstones say so, and the rows are made to say it as well.
+destroyed; the key store's tombstones say so, and the rows are made to say it as well. So it is with API keys and
+webhooks that have ended (``app.ended``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, lifecycle, set_history, shredding
-from app.errors import ShareMissing
+from app import active_set, audit, ended, lifecycle, set_history, shredding
+from app.errors import KeyDestroyed, ShareMissing, VaultError
 from app.keystore import CHUNK
 from app.lifecycle import end_failed, lock_request, move
 from app.tables import Prompt, PromptState, RequestState, UnlearnRequest, Webhook, utcnow
-from app.vault import Vault, share_id
+from app.vault import ANOTHER_KEY, Vault, share_id
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ KEY_DESTROYED = "key-destroyed"
 _DETAIL = "its texts were shredded after the backup that this database was restored from: submit it again"
 _WRAPPED = (Prompt.wrapped_key, UnlearnRequest.wrapped_key, Webhook.wrapped_key)
 
-T = TypeVar("T")
+T = TypeVar("T", Prompt, Webhook)
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,21 @@ def make_ready(sessions: sessionmaker[Session], vault: Vault) -> None:
     if vault.keystore is not None:
         vault.keystore.check()
     with sessions() as session:
-        active_set.check_master_key(session, vault)
+        check_master_key(session, vault)
     with sessions.begin() as session:
         vault.adopt(session)
     shredding.attach(sessions, vault)
     shredding.finish(sessions, vault)
     with sessions.begin() as session:
         found = reconcile(session, vault)
+    if vault.keystore is not None:
+        with sessions.begin() as session:
+            again = ended.end_again(session, vault.keystore)
+        ended.tell(sessions, vault.keystore, set())
+        if any(again):
+            log.warning(
+                "this database is an older state: %d API keys and %d webhooks had ended; they have again", *again
+            )
     if found != Reconciled():
         log.warning(
             "this database is an older state: %d prompts were revoked since, %d requests lost their key, %d more texts "
@@ -63,6 +73,27 @@ def make_ready(sessions: sessionmaker[Session], vault: Vault) -> None:
             found.failed,
             found.shredded,
         )
+
+
+def check_master_key(session: Session, vault: Vault) -> None:
+    """Raises VaultError when what is sealed here was sealed under another master key, or needs another key store.
+
+    Better known at the start than from requests that fail one after another, their texts shredded.
+    """
+    for table in (Prompt, UnlearnRequest):
+        query = select(table.wrapped_key).where(table.wrapped_key.is_not(None)).order_by(table.id.desc())
+        with closing(session.execute(query.execution_options(yield_per=20))) as newest_first:
+            for row in newest_first:
+                assert row.wrapped_key is not None
+                try:
+                    vault.seal(row.wrapped_key, b"", aad="")
+                except KeyDestroyed:
+                    continue  # a backup came back; it says nothing of the master key, and ``reconcile`` sees to it
+                except ShareMissing:
+                    raise
+                except VaultError:
+                    raise VaultError(ANOTHER_KEY) from None
+                break
 
 
 def reconcile(session: Session, vault: Vault) -> Reconciled:
@@ -145,12 +176,10 @@ def _dead(session: Session, vault: Vault) -> dict[Any, list[str]]:
 
 def _read(session: Session, table: type[T], ids: Sequence[str]) -> list[T]:
     """The rows that still hold a key."""
-    return list(_rows(session, table, ids))
-
-
-def _rows(session: Session, table: Any, ids: Sequence[str]) -> Iterator[Any]:
+    found: list[T] = []
     for start in range(0, len(ids), CHUNK):
         query = select(table).where(table.id.in_(ids[start : start + CHUNK]), table.wrapped_key.is_not(None))
         if table is Prompt:
             query = query.options(*set_history.RECORD_ONLY)
-        yield from session.scalars(query.execution_options(populate_existing=True))
+        found += session.scalars(query.execution_options(populate_existing=True))
+    return found

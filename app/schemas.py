@@ -360,3 +360,10 @@ class RevokeIn(Body):
 
 class Health(BaseModel):
     status: str
+
+
+class Readiness(Health):
+    degraded: list[Literal["key-store"]] = Field(
+        description="What does not answer and is not needed for classifications. `key-store`: new requests, webhooks "
+        "and receipts are answered 503, trainings wait."
+    )

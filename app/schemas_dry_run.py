@@ -56,7 +56,9 @@ class BlastRadiusOut(BaseModel):
     share: float
     low: float = Field(description="95 % interval of the share (Wilson).")
     high: float
-    share_with_active_set: float = Field(description="The same by this gate or any of those in force.")
+    share_with_active_set: float | None = Field(
+        description="The same by this gate or any of those in force. Null without the scope `classify`."
+    )
 
 
 class CostOut(BaseModel):

@@ -28,7 +28,7 @@ class WebhookIn(Body):
         default=[], max_length=len(RequestState), description="Tell of these states only; empty: of all."
     )
     all_requests: bool = Field(
-        default=False, description="Tell of everybody's requests; needs the scope `admin` or `auditor`."
+        default=False, description="Tell of everybody's requests; needs the scope `admin`, `auditor` or `approve`."
     )
 
 

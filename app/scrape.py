@@ -24,6 +24,7 @@ from app import keys
 from app.database_metrics import Seen, families, observe
 from app.db import UNANSWERED
 from app.errors import Forbidden, LetheonError, Unauthenticated
+from app.keystore import KeyStore
 from app.metrics import Metrics
 from app.tables import ApiKey, utcnow
 from app.tracebacks import where
@@ -79,6 +80,7 @@ class Scrapes:
         sessions: sessionmaker[Session],
         check: Callable[[], None],
         admitted: Callable[[ApiKey], None],
+        keystore: KeyStore | None,
     ) -> None:
         """Within an event loop. ``check`` raises LetheonError when a classification would not be answered now.
 
@@ -88,6 +90,7 @@ class Scrapes:
         self.threads = CapacityLimiter(THREADS)
         self._registry = metrics.registry
         self._sessions, self._check, self._admitted = sessions, check, admitted
+        self._keystore = keystore
         self._database, self._readiness = Patience(DATABASE_SECONDS), Patience(READY_SECONDS)
         # Digest of a presented key → when the database last confirmed it, and the seconds for which it still held then.
         self._confirmed: dict[bytes, tuple[float, float]] = {}
@@ -111,6 +114,12 @@ class Scrapes:
 
     def collect(self) -> Iterator[Metric]:
         yield from families(self._observe())
+        if self._keystore is not None:
+            yield GaugeMetricFamily(
+                "letheon_keystore_up",
+                "1 when the key store answered this process when it was last asked, else 0. Absent without one.",
+                value=float(self._keystore.answers),
+            )
         yield GaugeMetricFamily(
             "letheon_ready", "1 when a classification would be answered now, as /readyz has it.", value=self._ready()
         )

@@ -9,8 +9,12 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 Quantization = Literal["none", "int8", "nf4"]
+
+_LOCAL = frozenset({"", "localhost", "127.0.0.1", "::1"})
 
 
 class Mode(StrEnum):
@@ -215,7 +219,8 @@ class Settings(BaseSettings):
             raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
         if set(self.labels) & set(self.generic_labels):
             raise ValueError("labels and generic_labels must not overlap")
-        if self.keystore_url and self.keystore_url == self.database_url:
+        keystore = self.effective_keystore_url
+        if keystore and _same_database(keystore, self.effective_database_url):
             raise ValueError("keystore_url must not be database_url: its backups would hold the key shares")
         return self
 
@@ -234,6 +239,25 @@ class Settings(BaseSettings):
     def broker_dir(self) -> Path:
         """Folder of the embedded filesystem broker."""
         return (self.home / "broker").resolve()
+
+
+def _same_database(one: str, other: str) -> bool:
+    """However it is spelt. What is no URL at all is left to whoever opens it, whose error does not quote it."""
+    try:
+        return _identity(make_url(one)) == _identity(make_url(other))
+    except (ArgumentError, ValueError):
+        return False
+
+
+def _identity(url: URL) -> tuple[str, ...]:
+    if url.get_backend_name() == "sqlite":
+        return ("sqlite", str(Path((url.database or "").removeprefix("file:")).resolve()))
+    host = url.host or url.query.get("host", "")
+    names = [host] if isinstance(host, str) else list(host)
+    # A socket's folder is this machine too; libpq takes the user's name where no database is named.
+    local = all(name.lower() in _LOCAL or name.startswith("/") for name in names)
+    port = str(url.port or url.query.get("port", 5432))
+    return ("server", "" if local else ",".join(names).lower(), port, url.database or url.username or "")
 
 
 @lru_cache

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from app import db
+from app.errors import KeyStoreAway
 from app.keystore import CHUNK
 from app.tables import PendingShred, utcnow
 from app.vault import Vault, share_id
@@ -41,6 +42,7 @@ def finish(sessions: sessionmaker[Session], vault: Vault) -> int:
     """Destroy the shares that committed shreddings name; how many. Safe to do twice, and at once in two processes.
 
     A share that the key store does not know stays pending: it may lie in another one, which is then still to be told.
+    Raises KeyStoreAway.
     """
     with sessions() as session:
         pending = list(session.scalars(select(PendingShred.share_id)))
@@ -73,7 +75,7 @@ def attach(sessions: sessionmaker[Session], vault: Vault) -> None:
         if session.info.pop(_PENDING, False):
             try:
                 finish(own, vault)
-            except SQLAlchemyError as error:  # the commit itself has happened
+            except (SQLAlchemyError, KeyStoreAway) as error:  # the commit itself has happened
                 log.warning("key shares are destroyed later (%s)", type(error).__name__)
 
     event.listen(sessions, "after_commit", after_commit)

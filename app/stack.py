@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app import active_set
 from app.active_set import ActiveSetView, Member
-from app.errors import ModeMismatch, NotReady
+from app.errors import KeyStoreAway, ModeMismatch, NotReady
 from app.settings import Mode
 from app.tables import Prompt
 from app.tracebacks import where
@@ -110,7 +110,7 @@ class StackReader:
             return prompt, Gate.from_bytes(active_set.open_gate(self._vault, row), digest=row.gate_digest)
         except FingerprintMismatch as error:  # the worker tells it from other failures
             raise FingerprintMismatch(f"prompt {row.id} cannot be loaded: {error}") from error
-        except MemoryError:
+        except (MemoryError, KeyStoreAway):
             raise  # no fault of the prompt's
         except Exception as error:
             log.error("prompt %s does not load: %s", row.id, where(error))

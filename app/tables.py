@@ -379,7 +379,7 @@ class WebhookDelivery(Base):
     request_id: Mapped[str | None] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))  # of no ping
     payload: Mapped[dict[str, Any]]  # ids, states and times only
     state: Mapped[str] = mapped_column(String(20))
-    attempts: Mapped[int] = mapped_column(default=0)  # only grows, and fences off whoever was too slow
+    attempts: Mapped[int] = mapped_column(default=0)  # fences off whoever was too slow
     next_at: Mapped[datetime | None]  # when it is due, or when a delivery under way counts as lost
     created_at: Mapped[datetime]
     delivered_at: Mapped[datetime | None]

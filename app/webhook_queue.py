@@ -17,11 +17,12 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import audit, db, shredding
 from app.errors import NotFound
+from app.keys import READS_ALL
 from app.tables import (
     ActiveSet,
     ApiKey,
@@ -35,8 +36,6 @@ from app.tables import (
     utcnow,
 )
 
-READS_ALL = frozenset({"admin", "auditor"})
-"""Scopes whose webhooks may be told of everybody's requests."""
 OPEN = (DeliveryState.PENDING, DeliveryState.SENDING)
 PAUSES = (5.0, 30.0, 120.0, 600.0, 3600.0, 3 * 3600.0, 6 * 3600.0, 12 * 3600.0)
 """Seconds after the first, second, … failed attempt; the last one for all that follow."""
@@ -58,6 +57,7 @@ class DeliveryError(StrEnum):
     TLS = "tls"
     BROKEN = "broken"  # the connection ended, or what came was no HTTP
     SECRET = "secret"  # noqa: S105  # the signing secret does not open
+    KEY_STORE = "key-store"  # it does not answer, so nothing could be signed; no attempt is used
     INTERNAL = "internal"  # a bug; the worker's log says where
     LOST = "lost"  # every attempt ended with the death of its worker
     DISABLED = "disabled"  # the webhook was disabled, or its key has ended
@@ -89,7 +89,7 @@ class Outcome:
 def enqueue(session: Session, request: UnlearnRequest, event: RequestEvent, *, before: RequestState | None) -> None:
     """A message for each webhook that is to be told of this state change, in its transaction.
 
-    A webhook tells of what its key may read: its own requests, or everybody's where it has one of READS_ALL.
+    A webhook tells of what its key may read: its own requests, or everybody's where it has one of ``READS_ALL``.
     """
     session.flush()
     query = (
@@ -102,7 +102,7 @@ def enqueue(session: Session, request: UnlearnRequest, event: RequestEvent, *, b
         row.id
         for row in session.execute(query)
         if (not row.states or request.state in row.states)
-        and (not row.all_requests or not READS_ALL.isdisjoint(row.scopes))
+        and (not row.all_requests or not set(READS_ALL).isdisjoint(row.scopes))
     ]
     if told:
         payload = _payload(session, request, event, before)
@@ -194,7 +194,8 @@ def claim(
 def record(session: Session, due: Due, outcome: Outcome, *, max_attempts: int, now: datetime | None = None) -> bool:
     """Write down how an attempt went. False: the lease was over and somebody else has taken the message since.
 
-    410 disables the webhook, which is audited. Another failure is tried again after a pause, unless it was the last.
+    410 disables the webhook, which is audited. Another failure is tried again after a pause, unless it was the last;
+    what failed for want of the key store gives its attempt back.
     """
     now = now or utcnow()
     webhook = lock_webhook(session, due.webhook_id)
@@ -209,17 +210,20 @@ def record(session: Session, due: Due, outcome: Outcome, *, max_attempts: int, n
     elif outcome.error == DeliveryError.GONE:
         _end(row, DeliveryState.FAILED, outcome.error)
         disable(session, webhook, actor="webhooks", why="gone", now=now)
+    elif webhook.disabled_at is None and outcome.error == DeliveryError.KEY_STORE:
+        # Whoever had this number has just spoken, and whoever is late had a smaller one: it may be used again.
+        row.attempts -= 1
+        _try_again(row, now)
     elif webhook.disabled_at is not None or row.attempts >= max_attempts:
         _end(row, DeliveryState.FAILED, outcome.error)
     else:
-        row.state = DeliveryState.PENDING
-        row.next_at = now + timedelta(seconds=pause(row.attempts, outcome.retry_after))
+        _try_again(row, now, outcome.retry_after)
     return True
 
 
 def pause(attempts: int, retry_after: float | None = None) -> float:
     """Seconds until the next attempt: growing, spread by a fifth, and not sooner than the receiver asked for."""
-    seconds = PAUSES[min(attempts, len(PAUSES)) - 1] * random.uniform(0.8, 1.2)
+    seconds = PAUSES[min(max(attempts, 1), len(PAUSES)) - 1] * random.uniform(0.8, 1.2)
     return max(seconds, min(retry_after or 0.0, PAUSES[-1]))
 
 
@@ -246,25 +250,32 @@ def disable(session: Session, webhook: Webhook, *, actor: str, why: str, now: da
 
 
 def clean(session: Session, *, log_days: float, now: datetime | None = None) -> None:
-    """End what waits for a webhook that has ended, or whose key has; drop what ended ``log_days`` ago."""
+    """End what waits for a webhook that has ended, or whose key has; drop what ended ``log_days`` ago.
+
+    It waits for nobody's rows: what is locked, or too much for once, is left to the next time.
+    """
     now = now or utcnow()
+    db.begin_write(session)
     in_force = select(Webhook.id).join(ApiKey, ApiKey.id == Webhook.api_key_id).where(*_in_force(now))
-    stranded = update(WebhookDelivery).where(
-        WebhookDelivery.state.in_(OPEN), WebhookDelivery.next_at <= now, WebhookDelivery.webhook_id.not_in(in_force)
+    message = WebhookDelivery
+    stranded = _lock_some(
+        session, message, message.state.in_(OPEN), message.next_at <= now, message.webhook_id.not_in(in_force)
     )
-    _fail_all(session, stranded)
+    _fail_all(session, update(message).where(message.id.in_(stranded)))
     before = now - timedelta(days=log_days)
-    old = (
-        select(WebhookDelivery.id)
-        .where(WebhookDelivery.state.not_in(OPEN), WebhookDelivery.created_at < before)
-        .order_by(WebhookDelivery.id)
-        .limit(_CLEAN_ROWS)
-    )
     apart: dict[str, Any] = {"execution_options": {"synchronize_session": False}}
-    session.execute(delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)), **apart)
-    ended = delete(Webhook).where(Webhook.disabled_at < before).returning(Webhook.wrapped_key)
-    for wrapped in session.scalars(ended, **apart).all():
+    old = _lock_some(session, message, message.state.not_in(OPEN), message.created_at < before)
+    session.execute(delete(message).where(message.id.in_(old)), **apart)
+    ended = _lock_some(session, Webhook, Webhook.disabled_at < before)
+    gone = delete(Webhook).where(Webhook.id.in_(ended)).returning(Webhook.wrapped_key)
+    for wrapped in session.scalars(gone, **apart).all():
         shredding.destroy_key(session, wrapped)
+
+
+def _lock_some(session: Session, table: type[Webhook | WebhookDelivery], *conditions: ColumnElement[bool]) -> list[str]:
+    """Ids, in order, of rows that nobody else has locked; locked until the transaction ends."""
+    query = select(table.id).where(*conditions).order_by(table.id).limit(_CLEAN_ROWS)
+    return list(session.scalars(query.with_for_update(of=table, skip_locked=True)))
 
 
 def _payload(
@@ -298,6 +309,11 @@ def _in_force(now: datetime) -> tuple[Any, ...]:
     """Conditions on a webhook and its key: what a revoked key may no longer read, its webhooks no longer tell."""
     alive = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now)
     return Webhook.disabled_at.is_(None), ApiKey.revoked_at.is_(None), alive
+
+
+def _try_again(row: WebhookDelivery, now: datetime, retry_after: float | None = None) -> None:
+    row.state = DeliveryState.PENDING
+    row.next_at = now + timedelta(seconds=pause(row.attempts, retry_after))
 
 
 def _end(row: WebhookDelivery, state: DeliveryState, error: DeliveryError | None) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import audit, db, webhook_urls
-from app.errors import Conflict, Forbidden, InvalidInput, NotFound
+from app import audit, db, keys, webhook_urls
+from app.errors import Conflict, InvalidInput, NotFound
 from app.lifecycle import check_cursor
 from app.tables import ApiKey, DeliveryState, RequestState, Webhook, WebhookDelivery, new_id, utcnow
 from app.vault import Vault
-from app.webhook_queue import OPEN, READS_ALL, disable, lock_webhook, new_delivery
+from app.webhook_queue import OPEN, disable, lock_webhook, new_delivery
 
 MAX_PER_KEY = 10
 PING = "ping"
@@ -44,13 +44,12 @@ def create_webhook(
     """A new webhook of a key and its signing secret, which exists in clear only in this return value.
 
     ``private``: the setting `webhook_private`. Raises InvalidInput (URL, states), Forbidden (``all_requests`` without a
-    scope that reads all) and Conflict (too many).
+    scope that reads all, or one's own without `requests`), Conflict (too many) and KeyStoreAway.
     """
     webhook_urls.parse(url, private=private)
     if any(state not in list(RequestState) for state in states):
         raise InvalidInput("each must be one of " + ", ".join(RequestState), field="states")
-    if all_requests and READS_ALL.isdisjoint(scopes):
-        raise Forbidden("all_requests needs an API key with the scope 'admin' or 'auditor'", scope="auditor")
+    keys.require(scopes, *(keys.READS_ALL if all_requests else ("requests",)))  # else it would have nothing to tell
     db.begin_write(session)
     # Two at once would both find room.
     session.execute(select(ApiKey.id).where(ApiKey.id == api_key_id).with_for_update(key_share=True))

@@ -39,7 +39,10 @@ def bootstrap(values: Tensor, *, seed: int = 0, draws: int = 2000, level: float 
 
 
 def wilson(hits: int, rows: int, *, z: float = 1.959964) -> Estimate:
-    """Of a share: Wilson's score interval (1927), 95 % by default; it has a width at 0 of n, too. Raises ValueError."""
+    """Of a share: Wilson's score interval (1927), 95 % by default; it has a width at 0 of n, too. Raises ValueError.
+
+    ``app.receipt_format``, which must not need torch, has its own.
+    """
     if not 0 <= hits <= rows or not rows:
         raise ValueError(f"{hits} of {rows} is not a share")
     share, square = hits / rows, z * z

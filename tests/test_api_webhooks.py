@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from api_kit import MARKER, Api, assert_problem, running, server_logs
 from databases import migrated_database
+from sqlalchemy import select
 from webhook_kit import Received, receiving, sender
+
+from app.tables import AuditEntry
 
 URL = "https://example.com/hook/Quillfeather"
 NOBODY = "whk_" + "0" * 28
@@ -74,7 +77,7 @@ def test_from_creation_to_the_log(database_url: str, tmp_path: Path) -> None:
 def test_others_webhooks_do_not_exist_and_an_admin_sees_no_url(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     mine, other = api.key("requests"), api.key("requests", "auditor")
-    admin = api.key("requests", "admin")
+    admin = api.key("admin")
     hook = api.client.post("/webhooks", json={"url": URL}, headers=mine).json()["id"]
     api.submit(mine)
     [sent] = api.client.get(f"/webhooks/{hook}/deliveries", headers=mine).json()["items"]
@@ -103,6 +106,9 @@ def test_others_webhooks_do_not_exist_and_an_admin_sees_no_url(api: Api, caplog:
     assert len(api.client.get(f"/webhooks/{hook}/deliveries", headers=admin).json()["items"]) == 1
     ended = api.client.delete(f"/webhooks/{hook}", headers=admin).json()
     assert ended["disabled_at"] and ended["url"] is None
+    with api.service.sessions() as session:
+        entries = select(AuditEntry.actor).where(AuditEntry.subject == hook, AuditEntry.action == "webhook.disabled")
+        assert session.scalars(entries).all() == ["key_" + admin["Authorization"].split("_")[1]]
     assert not [record for record in server_logs(caplog) if "Quillfeather" in record.getMessage()]
 
 

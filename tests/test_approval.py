@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_kit import MARKER, Api, assert_problem, running, tiny_llm
+from api_kit import MARKER, Api, assert_problem, running, server_logs, tiny_llm
 from databases import database_kinds, fresh_database
 from floor import activate, await_approval, must_take, state, submit, terms
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
+from webhook_kit import receiving, sender
 from worker_kit import forget_texts, write_retain
 
 import worker.job
@@ -21,7 +23,7 @@ from app import approval, audit, job_queue, lifecycle
 from app.errors import Conflict, LetheonError
 from app.lifecycle import ForgetText
 from app.settings import Mode, Settings
-from app.tables import AuditEntry, Checkpoint, Prompt, RequestEvent, RequestState, UnlearnRequest
+from app.tables import AuditEntry, Checkpoint, Prompt, RequestEvent, RequestState, UnlearnRequest, WebhookDelivery
 from app.vault import Vault
 from models import finished
 from models.errors import CheckpointError
@@ -37,7 +39,7 @@ Sessions = sessionmaker[Session]
 def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """One service for all tests; each has keys of its own."""
     folder = tmp_path_factory.mktemp("life")
-    with fresh_database(request.param, folder) as url, running(url, folder) as api:
+    with fresh_database(request.param, folder) as url, running(url, folder, webhook_private=True) as api:
         yield api
 
 
@@ -99,6 +101,40 @@ def test_another_key_rejects(api: Api) -> None:
         assert row.wrapped_key is row.sealed_texts is None
         assert "own" not in repr([(e.action, e.detail) for e in session.scalars(select(AuditEntry))])
     assert_problem(decide(api, other, request_id, "approve"), 409, "conflict")
+
+
+def test_the_reason_of_a_rejection_is_on_the_request_alone(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    """Free text may be personal data: it goes to who may read the request, and nowhere that keeps or sends it on."""
+    caplog.set_level(logging.DEBUG)
+    asker, approver, auditor = api.key("requests"), api.key("approve"), api.key("auditor")
+    with receiving() as receiver:
+        for headers, everybody in ((asker, False), (approver, True)):
+            made = webhooks_of(api, headers, receiver.url(), everybody)
+            assert made.status_code == 201, made.text
+        request_id = waiting(api, asker, forget_texts=[f"{MARKER} rejected"])
+        body = {"reason": "Ondine Farthingale has not agreed"}
+        rejected = api.client.post(f"/unlearn-requests/{request_id}/reject", json=body, headers=approver).json()
+        assert rejected["failure"]["detail"] == body["reason"]
+        sender(api.service.sessions, api.service.vault).work()
+        told = [received.body.decode() for received in receiver.received]
+    assert sum('"failure_code":"rejected"' in message for message in told) == 2
+    address = f"/unlearn-requests/{request_id}"
+    kept = [
+        api.client.get("/admin/audit", params={"limit": 200}, headers=auditor).text,
+        api.client.get("/admin/audit/export", headers=auditor).text,
+        api.client.get(f"{address}/receipt", headers=asker).text,
+        api.client.get(f"{address}/events", headers=asker).text,
+    ]
+    assert all(request_id in text for text in kept[:3]) and "failed" in kept[3]
+    with api.service.sessions() as session:
+        kept += [repr(vars(row)) for table in (RequestEvent, WebhookDelivery) for row in session.scalars(select(table))]
+    for text in (*told, *kept, *(record.getMessage() for record in server_logs(caplog))):
+        assert "Farthingale" not in text
+
+
+def webhooks_of(api: Api, headers: dict[str, str], url: str, everybody: bool) -> Any:
+    body = {"url": url, "states": ["failed"], "all_requests": everybody}
+    return api.client.post("/webhooks", json=body, headers=headers)
 
 
 def test_the_servers_setting_cannot_be_undone(database_url: str, tmp_path: Path) -> None:

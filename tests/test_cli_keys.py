@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
+from vault_kit import away
 
 from app import cli, db, keys
 from app.cli_local import parse_expiry, parse_limits
 from app.errors import InvalidInput
+from app.keystore import KeyStore
 from app.settings import get_settings
 
 NOW = datetime(2026, 11, 28, 12, 30, tzinfo=UTC)
@@ -95,3 +97,16 @@ def test_dates() -> None:
     for value in ("", "d", "1.5d", "٣d", "90 days", "2027-02-30", "9" * 400 + "d"):
         with pytest.raises(InvalidInput):
             parse_expiry(value, NOW)
+
+
+def test_a_revocation_is_remembered_by_the_key_store(own_home: Path) -> None:
+    key = document(run("keys", "create", "desk", "--scope", "requests", "--json"))
+    run("keys", "revoke", key["id"])
+    store = KeyStore(get_settings().effective_keystore_url)
+    assert store.ended() == {key["id"]}
+    store.close()
+    other = document(run("keys", "create", "desk", "--scope", "requests", "--json"))
+    with away(store):
+        done = run("keys", "revoke", other["id"])
+    assert done.exit_code == 0 and "a worker tells it" in done.stderr
+    assert document(run("keys", "list", "--json"))["items"][1]["revoked_at"]

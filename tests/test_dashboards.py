@@ -31,7 +31,7 @@ TARGET = {"job", "instance"}
 def exported(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
     """Every family of a service in which everything has happened once."""
     folder = tmp_path_factory.mktemp("exported")
-    with running(f"sqlite:///{folder}/letheon.db", folder) as api:
+    with running(f"sqlite:///{folder}/letheon.db", folder, keystore_url=f"sqlite:///{folder}/keystore.db") as api:
         headers = api.key()
         api.classify(headers, "a good film")
         claimed = claim(api.service, api.submit(headers)["id"])

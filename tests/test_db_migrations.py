@@ -20,7 +20,7 @@ from app import active_set, audit, db, lifecycle, set_history
 from app.errors import NotReady
 from app.settings import Mode
 from app.stack import StackReader
-from app.tables import Base, Prompt, utcnow
+from app.tables import Base, PendingShred, Prompt, utcnow
 from app.vault import Vault
 
 TABLES = set(Base.metadata.tables)
@@ -58,6 +58,25 @@ def test_up_down_up_with_data(empty_database_url: str, vault: Vault) -> None:
         assert active_set.read_active_set(session) == active_set.ActiveSetView(0, active_set.set_digest([]))
         assert lifecycle.list_requests(session, limit=10) == ([], None)
         assert audit.verify(session) == 0
+    engine.dispose()
+
+
+def test_no_way_back_while_key_shares_are_to_be_destroyed(empty_database_url: str) -> None:
+    """The older version has no place for their ids: an old backup would open what was shredded."""
+    db.upgrade(empty_database_url)
+    engine = db.make_engine(empty_database_url)
+    sessions = db.make_sessions(engine)
+    with sessions.begin() as session:
+        session.add(PendingShred(share_id=bytes(16), at=utcnow()))
+    engine.dispose()
+    with pytest.raises(RuntimeError, match="1 key shares are still to be destroyed"):
+        db.downgrade(empty_database_url, "0003")
+    db.check_schema(engine)
+    with sessions.begin() as session:
+        session.delete(session.get_one(PendingShred, bytes(16)))
+    engine.dispose()
+    db.downgrade(empty_database_url, "0003")
+    assert "pending_shreds" not in inspect(engine).get_table_names()
     engine.dispose()
 
 

@@ -155,15 +155,30 @@ def test_answers_need_the_scope_that_answers(api: Api) -> None:
     body = {"forget_texts": [RETAIN[0]]}
     report = api.client.post("/unlearn-requests?dry_run=true", json=body, headers=api.key("requests")).json()
     assert report["forget"]["already_unknown"] is report["forget"]["already_unknown_share"] is None
-    assert report["retain"] is not None
+    assert report["retain"] is not None and report["blast_radius"]["share_with_active_set"] is None
 
 
 def test_who_asked_for_what_before_is_not_told(api: Api) -> None:
-    before = ask(api, RETAIN[1], RETAIN[2])["retain"]
-    api_submit(api, [RETAIN[0], RETAIN[1]])
-    retain = ask(api, RETAIN[1], RETAIN[2])["retain"]
-    assert (retain["withheld"], retain["texts"]) == (2, [0, 1])
-    assert retain == {**before, "near_rows": retain["near_rows"], "near_texts": retain["near_texts"]}
+    """Not by equal texts, not by near ones, and not by the gate, which such rows could help to fit."""
+    near = RETAIN[0].replace(" and so on", " and so forth")
+    before = ask(api, RETAIN[1], RETAIN[2], near)
+    assert before["retain"]["near_texts"] and before["gate"] is not None
+    api_submit(api, RETAIN[:2])
+    after = ask(api, RETAIN[1], RETAIN[2], near)
+    assert after == before and (after["retain"]["withheld"], after["retain"]["texts"]) == (2, [0, 1])
+
+
+def test_what_is_in_force_shows_to_none_but_those_who_may_classify(api: Api) -> None:
+    body = {"forget_texts": OWN[:3]}
+
+    def report() -> dict[str, Any]:
+        found = api.client.post("/unlearn-requests?dry_run=true", json=body, headers=api.key("requests")).json()
+        return {name: found[name] for name in ("forget", "retain", "gate", "blast_radius", "obstacles", "warnings")}
+
+    before = report()
+    assert run_job(_context(api.service), api_submit(api, OWN[:5], max_steps=3))
+    assert api.client.get("/unlearn-requests", headers=api.key()).json()["items"][0]["state"] == "active"
+    assert report() == before
 
 
 def test_only_what_is_answered_unknown_counts(tmp_path: Path) -> None:
@@ -249,8 +264,7 @@ def test_states_of_rows_that_are_gone_are_let_go(lite: Api) -> None:
     retain = lite.service.dry_runs._retain
     assert retain is not None
     gone = next(iter(retain._states))
-    api_submit(lite, [retain.rows[gone].text])
-    ask(lite, *OWN[:2])
+    ask(lite, *OWN[:2], retain.rows[gone].text)
     assert gone not in retain._states and len(retain._states) <= 160
 
 

@@ -148,10 +148,43 @@ def test_where_it_is(tmp_path: Path) -> None:
     assert Settings(_env_file=None, DATABASE_URL=url).effective_keystore_url == ""
     keys = {"DATABASE_URL": url, "keystore_url": url + "_keys"}
     assert Settings(_env_file=None, **keys).effective_keystore_url == url + "_keys"
-    with pytest.raises(ValidationError, match="keystore_url must not be database_url"):
-        Settings(_env_file=None, DATABASE_URL=url, keystore_url=url)
     assert Vault.from_settings(embedded).new_key()[0] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"master.key", "keystore.db"}
+
+
+POSTGRES, SQLITE = "postgresql://letheon:pass@db/letheon", "sqlite:////srv/letheon/main.db"
+
+
+@pytest.mark.parametrize(
+    ("database", "keystore", "same"),
+    [
+        (POSTGRES, POSTGRES, True),
+        (POSTGRES, "postgres://other@DB:5432/letheon", True),
+        (POSTGRES, "postgresql+psycopg://db/letheon?sslmode=require", True),
+        (POSTGRES, "postgresql://letheon@/letheon?host=db&port=5432", True),
+        (POSTGRES, "postgresql://letheon@db", True),  # of the user's name
+        ("postgresql://localhost/letheon", "postgresql://127.0.0.1:5432/letheon", True),
+        ("postgresql:///letheon", "postgresql:///letheon?host=/run/postgresql", True),
+        (POSTGRES, POSTGRES + "_keys", False),
+        (POSTGRES, "postgresql://letheon@db:5433/letheon", False),
+        (POSTGRES, "postgresql://letheon@keys/letheon", False),
+        (SQLITE, "sqlite+pysqlite:////srv/./letheon/../letheon/main.db", True),
+        (SQLITE, "sqlite:////srv/letheon/keys.db", False),
+        (POSTGRES, SQLITE, False),
+        ("", "sqlite:///{home}/link.db", True),
+        ("", "sqlite:///{home}/keystore.db", False),
+    ],
+)
+def test_one_database_cannot_be_both_however_it_is_spelt(
+    database: str, keystore: str, same: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "letheon.db")
+    values = {"DATABASE_URL": database, "keystore_url": keystore.format(home=tmp_path)}
+    if not same:
+        assert Settings(_env_file=None, home=tmp_path, **values).effective_keystore_url == values["keystore_url"]
+        return
+    with pytest.raises(ValidationError, match="keystore_url must not be database_url"):
+        Settings(_env_file=None, home=tmp_path, **values)
 
 
 def test_digests_outlive_the_master_key(sessions: Sessions, keystore: KeyStore) -> None:

@@ -212,6 +212,15 @@ class Requests(RuleBasedStateMachine):
             assert not self.undecided(claim.request_id)
             self.ended(claim)
 
+    @rule(request_id=requests)
+    def see_through(self, request_id: str) -> None:
+        """Both at once: by chance alone a claim and its activation seldom meet, least of all undecided."""
+        claim = take(self.sessions, request_id)
+        if claim is not None:
+            self.holder[request_id] = claim
+            self.expired.discard(request_id)
+            self.activate(claim)
+
     def undecided(self, request_id: str) -> bool:
         with self.sessions() as session:
             return approval.needed(lifecycle.get_request(session, request_id))

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from tiny_models import make_tiny_model
 from worker_kit import write_retain
 
-from app import active_set, db, lifecycle
+from app import active_set, db, lifecycle, reconcile
 from app.errors import VaultError
 from app.vault import Vault
 from worker.main import prepare
@@ -27,7 +27,7 @@ SAYS = "sealed under another LETHEON_MASTER_KEY"
 
 def check(sessions: Sessions, vault: Vault) -> None:
     with sessions() as session:
-        active_set.check_master_key(session, vault)
+        reconcile.check_master_key(session, vault)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from app.signing import PublicKey, Signer, canonical, new_private_key
 from app.signing_key import load_signer
 from app.tables import ForgetDigest, Prompt, UnlearnRequest
 from app.vault import Vault
+from models import metrics
 from models.examples import read_examples
 from worker.context import Context
 from worker.tasks import run_job
@@ -57,6 +58,13 @@ def make_receipt(sessions: Sessions, vault: Vault, request_id: str) -> dict[str,
 )
 def test_wilson_by_hand(rate: float, rows: int, low: float, high: float) -> None:
     assert wilson(rate, rows) == pytest.approx((low, high), abs=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_the_receipts_interval_is_that_of_the_core(rows: int) -> None:
+    for hits in {0, 1, rows // 2, rows}:
+        found = metrics.wilson(hits, rows)
+        assert wilson(hits / rows, rows) == pytest.approx((found.low, found.high), abs=1e-6)
 
 
 def test_wilson_holds_the_rate_and_narrows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,16 +16,18 @@ from floor import activate, must_take, state, submit
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session, sessionmaker
 from tiny_models import make_tiny_model
-from vault_kit import NEW, OLD, backup, pending, prompt_opens, sharing, texts_open
+from vault_kit import NEW, OLD, away, backup, pending, prompt_opens, sharing, texts_open
+from webhook_kit import add_key, add_webhook
 from worker_kit import forget_texts, write_retain
 
-from app import active_set, audit, db, job_queue, keys, lifecycle, reconcile, shredding
-from app.errors import ShareMissing, VaultError
+from app import active_set, audit, db, job_queue, keys, lifecycle, reconcile, shredding, webhooks
+from app.errors import KeyStoreAway, ShareMissing, VaultError
 from app.keystore import KeyStore
 from app.settings import Mode
 from app.tables import AuditEntry, Prompt, UnlearnRequest, Webhook, utcnow
 from app.vault import Vault
 from models.examples import read_examples
+from worker.chores import tell_ended
 from worker.context import Context
 from worker.main import prepare
 from worker.tasks import run_job
@@ -226,6 +229,82 @@ def test_the_api_is_ready_only_with_what_is_in_force(
             request = api.client.get(f"/unlearn-requests/{waiting}", headers=headers).json()
             assert (request["state"], request["failure"]["code"]) == ("failed", "key-destroyed")
             assert api.classify(headers, "a plain film")["active_set_version"] == 3
+
+
+def test_keys_and_webhooks_that_have_ended_stay_so(
+    engine: Engine, sessions: Sessions, keystore: KeyStore, tmp_path: Path
+) -> None:
+    vault = sharing(keystore)
+    reconcile.make_ready(sessions, vault)
+    gone, kept, owner = (add_key(sessions) for _ in range(3))
+    ended_hook, kept_hook = (add_webhook(sessions, vault, owner, "https://example.com/")[0] for _ in range(2))
+    with backup(engine, tmp_path) as url:
+        with sessions.begin() as session:
+            keys.revoke_key(session, gone, actor="cli")
+            webhooks.disable_webhook(session, ended_hook, of=None, actor="key_1")
+        told: set[str] = set()
+        for _ in range(2):
+            tell_ended(sessions, vault, told)
+        assert told == keystore.ended() == {gone, ended_hook}
+
+        copy = db.make_engine(url)
+        back = db.make_sessions(copy)
+        for _ in range(2):  # and nothing is left to do the second time
+            reconcile.make_ready(back, sharing(keystore))
+        with back() as session:
+            assert [key.id for key in keys.list_keys(session) if key.revoked_at] == [gone]
+            assert session.scalars(select(Webhook.id).where(Webhook.disabled_at.is_not(None))).all() == [ended_hook]
+            entries = [e for e in session.scalars(select(AuditEntry)) if e.subject in (gone, ended_hook)]
+            assert [(e.action, e.actor) for e in entries[-2:]] == [
+                ("key.revoked", "system"),
+                ("webhook.disabled", "system"),
+            ]
+            audit.verify(session)
+        copy.dispose()
+    assert {kept, owner, kept_hook}.isdisjoint(keystore.ended())
+
+
+def test_what_ended_during_an_outage_is_told_at_the_next_start(sessions: Sessions, keystore: KeyStore) -> None:
+    vault, gone = sharing(keystore), add_key(sessions)
+    reconcile.make_ready(sessions, vault)
+    with away(keystore):
+        with sessions.begin() as session:
+            keys.revoke_key(session, gone, actor="cli")
+        with pytest.raises(KeyStoreAway):
+            tell_ended(sessions, vault, set())
+    again = KeyStore(keystore._url)
+    reconcile.make_ready(sessions, sharing(again))
+    assert again.ended() == {gone}
+    again.close()
+
+
+def test_processes_that_start_together_after_a_restore_end_it_once(
+    engine: Engine, sessions: Sessions, keystore: KeyStore
+) -> None:
+    revived = [add_key(sessions) for _ in range(3)]
+    keystore.add_ended(revived)
+    errors: list[BaseException] = []
+    together = threading.Barrier(3)
+
+    def start() -> None:
+        store = KeyStore(keystore._url)
+        try:
+            together.wait()
+            reconcile.make_ready(db.make_sessions(engine), sharing(store))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            store.close()
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with sessions() as session:
+        again = select(AuditEntry.subject).where(AuditEntry.action == "key.revoked").order_by(AuditEntry.subject)
+        assert session.scalars(again).all() == sorted(revived)
 
 
 def test_the_worker_takes_no_work_before_it(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import base64
 import json
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from floor import activate, must_take
-from sqlalchemy import func, select, update
+from databases import database_kinds, fresh_database
+from floor import activate, await_approval, must_take, terms
+from floor import submit as floor_submit
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 from webhook_kit import add_key, add_webhook, deliveries, make_due, submit, webhook
 
-from app import active_set, audit, keys, lifecycle, webhook_queue, webhooks
+from app import active_set, audit, db, keys, lifecycle, webhook_queue, webhooks
 from app.errors import Conflict, Forbidden, InvalidInput, NotFound, VaultError
 from app.tables import ApiKey, AuditEntry, RequestEvent, Webhook, WebhookDelivery, utcnow
 from app.vault import Vault
@@ -81,8 +84,9 @@ def test_what_cannot_be_made(sessions: Sessions, vault: Vault) -> None:
         add_webhook(sessions, vault, key, "http://example.com", private=False)
     with pytest.raises(InvalidInput, match="one of pending"):
         add_webhook(sessions, vault, key, URL, states=["forgotten"])
-    with pytest.raises(Forbidden):
-        add_webhook(sessions, vault, key, URL, all_requests=True)
+    for scopes, everybody in ((["requests"], True), (["classify"], True), (["approve"], False), (["admin"], False)):
+        with pytest.raises(Forbidden):
+            add_webhook(sessions, vault, key, URL, scopes=scopes, all_requests=everybody)
     made = [add_webhook(sessions, vault, key, URL)[0] for _ in range(webhooks.MAX_PER_KEY - 1)]
     refused: list[Conflict] = []
 
@@ -120,6 +124,17 @@ def test_a_webhook_tells_of_what_its_key_may_read(sessions: Sessions, vault: Vau
     submit(sessions, vault, key)
     assert len(deliveries(sessions, everything)) == 2
     assert len(deliveries(sessions, mine)) == 1  # a revoked key reads nothing any more
+
+
+@pytest.mark.parametrize("scope", keys.READS_ALL)
+def test_an_approver_hears_of_what_waits_for_approval(scope: str, sessions: Sessions, vault: Vault) -> None:
+    approver = add_key(sessions, scope)
+    options = {"all_requests": True, "scopes": [scope], "states": ["awaiting_approval"]}
+    add_webhook(sessions, vault, approver, URL, **options)
+    request_id = floor_submit(sessions, vault, api_key_id=add_key(sessions), terms=terms(approval=True))
+    await_approval(sessions, must_take(sessions, request_id))
+    [told] = deliveries(sessions)
+    assert (told.request_id, told.payload["type"]) == (request_id, "request.awaiting_approval")
 
 
 @pytest.mark.parametrize("ended", ["revoked_at", "expires_at"])
@@ -336,3 +351,33 @@ def test_old_entries_leave_the_log(sessions: Sessions, vault: Vault) -> None:
             assert session.scalar(select(func.count()).select_from(WebhookDelivery)) == entries
             assert session.scalar(select(func.count()).select_from(Webhook)) == hooks
     assert deliveries(sessions)[0].state == "sending"  # what has not ended stays, however old
+
+
+@pytest.mark.skipif("postgresql" not in database_kinds(), reason="SQLite has one writer, and locks no rows")
+def test_cleaning_up_waits_for_no_other_writer(tmp_path: Path, vault: Vault) -> None:
+    """Whoever waits while others wait for its rows is half of a deadlock."""
+    with fresh_database("postgresql", tmp_path) as url:
+        engine = db.make_engine(url)
+        sessions = db.make_sessions(engine)
+        key = add_key(sessions)
+        kept, gone = (add_webhook(sessions, vault, key, URL)[0] for _ in range(2))
+        for _ in range(2):
+            submit(sessions, vault, key)
+        with sessions.begin() as session:
+            webhooks.disable_webhook(session, kept, of=key, actor=key)
+            webhooks.disable_webhook(session, gone, of=key, actor=key)
+        held = deliveries(sessions, kept)[0].id
+        later = {"log_days": 1, "now": utcnow() + timedelta(days=2)}
+        with sessions.begin() as other:
+            other.get_one(WebhookDelivery, held, with_for_update=True)
+            other.get_one(Webhook, kept, with_for_update=True)
+            with sessions.begin() as session:
+                session.execute(text("SET LOCAL lock_timeout = '10s'"))
+                webhook_queue.clean(session, **later)
+            assert [row.id for row in deliveries(sessions)] == [held], "what nobody holds is gone"
+            with sessions() as session:
+                assert session.scalars(select(Webhook.id)).all() == [kept]
+        with sessions.begin() as session:
+            webhook_queue.clean(session, **later)
+        assert deliveries(sessions) == []
+        engine.dispose()

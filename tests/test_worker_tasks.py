@@ -21,6 +21,7 @@ from tiny_models import make_tiny_model
 from worker_kit import MARKER, forget_texts, wait_for, write_retain
 
 from app import active_set, db, job_queue, lifecycle
+from app.knobs import training_config
 from app.lifecycle import Claim
 from app.metrics import Metrics
 from app.serving import Serving
@@ -37,7 +38,6 @@ from models.surroundings import Surroundings
 from models.training import planned_steps
 from worker.context import Context
 from worker.job import Job
-from worker.knobs import training_config
 from worker.routed import surroundings
 from worker.tasks import run_job
 from worker.threads import Heartbeat

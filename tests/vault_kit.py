@@ -93,3 +93,34 @@ def on_disk(keystore: KeyStore) -> bytes:
     path = Path(str(make_url(keystore._url).database))
     files = [file for file in (path, path.with_name(f"{path.name}-wal")) if file.exists()]
     return subprocess.run(["cat", *files], capture_output=True, check=True).stdout
+
+
+@contextmanager
+def away(keystore: KeyStore) -> Iterator[None]:
+    """For the length of the block the database of this key store refuses every connection, those of the store too.
+
+    A file must not be opened by anybody else meanwhile.
+    """
+    url = make_url(keystore._url)
+    keystore.close()
+    if url.get_backend_name() == "sqlite":
+        files = [Path(f"{url.database}{suffix}") for suffix in ("", "-wal", "-shm")]
+        moved = [(file, file.with_name(f"moved-{file.name}")) for file in files if file.exists()]
+        for file, elsewhere in moved:
+            file.rename(elsewhere)
+        files[0].mkdir()
+        yield
+        keystore.close()
+        files[0].rmdir()
+        for file, elsewhere in moved:
+            elsewhere.rename(file)
+        return
+    admin_url = postgres_admin_url()
+    assert admin_url is not None
+    with psycopg.connect(admin_url, autocommit=True) as admin:
+        may = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+        name = sql.Identifier(str(url.database))
+        admin.execute(may.format(name, sql.SQL("false")))
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [url.database])
+        yield
+        admin.execute(may.format(name, sql.SQL("true")))

@@ -7,7 +7,7 @@ import logging
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import audit, expiry, idempotency, job_queue, shredding
+from app import audit, ended, expiry, idempotency, job_queue, shredding
 from app.errors import LetheonError
 from app.signing_key import load_signer
 from app.tracebacks import where
@@ -38,6 +38,12 @@ def shred_due(sessions: sessionmaker[Session], vault: Vault) -> None:
     with sessions.begin() as session:
         job_queue.shred_due(session)
     shredding.finish(sessions, vault)
+
+
+def tell_ended(sessions: sessionmaker[Session], vault: Vault, told: set[str]) -> None:
+    """API keys and webhooks that have ended, to the key store; ``told`` is what it has heard of."""
+    if vault.keystore is not None:
+        ended.tell(sessions, vault.keystore, told)
 
 
 def sign_audit_log(sessions: sessionmaker[Session], vault: Vault, every_seconds: float) -> None:

@@ -82,11 +82,13 @@ def retain_set(context: Context, forgotten: set[bytes], forget: Sequence[Example
 
 
 def why_unreadable(context: Context) -> str | None:
-    """What keeps the set in force from being read, if anything: a damaged row is no fault of the request that waits.
+    """What keeps the set in force or the key store from being read, if anything: no fault of the request that waits.
 
     A set of another mode or model reads well, and the job tells the client of it. Raises SQLAlchemyError.
     """
     try:
+        if context.vault.keystore is not None:
+            context.vault.keystore.ping()  # also where nothing is in force: its texts would not open
         with context.sessions() as session:
             stack = stack_reader(context).read(session)
             if context.settings.mode == Mode.CONCATENATE:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import webhook_queue
-from app.errors import NotFound, VaultError
+from app.errors import KeyStoreAway, NotFound, VaultError
 from app.settings import Settings
 from app.tracebacks import where
 from app.vault import Vault
@@ -101,7 +101,10 @@ class Deliveries(_Service):
     async def _send(self, due: Due) -> Outcome:
         """Never raises: a receiver must not be able to end a worker."""
         try:
-            secret = open_secret(self._vault, due.webhook_id, due.wrapped_key, due.sealed_secret)
+            # In a thread: a key store that is away takes seconds to say so.
+            secret = await asyncio.to_thread(
+                open_secret, self._vault, due.webhook_id, due.wrapped_key, due.sealed_secret
+            )
             body = encode(due.payload)
             return await post(
                 due.url,
@@ -111,6 +114,8 @@ class Deliveries(_Service):
                 seconds=self._settings.webhook_timeout_seconds,
                 tls=self._tls,
             )
+        except KeyStoreAway:
+            return Outcome(DeliveryError.KEY_STORE)
         except VaultError:
             return Outcome(DeliveryError.SECRET)
         except Exception as error:

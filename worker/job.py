@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 
 from app import active_set, approval, job_queue, lifecycle
 from app.active_set import TrainedGate
-from app.errors import LeaseLost, ModeMismatch, NotReady, ShareMissing, StaleActiveSet, VaultError
+from app.errors import KeyStoreAway, LeaseLost, ModeMismatch, NotReady, ShareMissing, StaleActiveSet, VaultError
 from app.failpoints import failpoint
+from app.knobs import training_config
 from app.lifecycle import CancelRequested, Claim
 from app.settings import Mode
 from app.stack import Stack
@@ -40,7 +41,7 @@ from models.training import Progress, TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries
 from worker.context import UNREADABLE, Context, retain_set, stack_reader
 from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word, record_of
-from worker.knobs import conditions, training_config
+from worker.knobs import conditions
 from worker.reporting import Reporter
 from worker.routed import fit_and_check, surroundings, trained_gate
 from worker.threads import TRANSIENT, Heartbeat
@@ -76,9 +77,14 @@ class Job:
             outcome = self.train_and_activate()
         except CancelRequested:
             outcome = self.end_cancelled()
-        except (Stopped, ShareMissing) as stopped:  # the latter: this worker's key store is not the request's
-            waits = isinstance(stopped, SetUnreadable | ShareMissing)
-            outcome = self.end_stopped() + (f": {stopped.detail}" if isinstance(stopped, ShareMissing) else "")
+        except (
+            Stopped,
+            ShareMissing,
+            KeyStoreAway,
+        ) as stopped:  # this worker's key store is not the request's, or away
+            waits = isinstance(stopped, SetUnreadable | ShareMissing | KeyStoreAway)
+            why = f": {stopped.detail}" if isinstance(stopped, ShareMissing | KeyStoreAway) else ""
+            outcome = self.end_stopped() + why
         except JobFailed as failure:
             self.end_failed(failure)
             outcome = f"failed ({failure.code})"
@@ -352,13 +358,13 @@ class Job:
         self.reporter(progress)
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
-        """Seal and store. A database that is away costs this checkpoint, not the job. Raises LeaseLost."""
+        """Seal and store. A database or key store that is away costs a checkpoint, not the job. Raises LeaseLost."""
         try:
             with self.context.sessions.begin() as session:
                 job_queue.save_checkpoint(session, self.context.vault, self.claim, step=step, data=data)
                 session.flush()
                 failpoint("checkpoint.before_commit")
-        except TRANSIENT as error:
+        except (*TRANSIENT, KeyStoreAway) as error:
             log.warning("%s: checkpoint not stored (%s)", self.claim.request_id, type(error).__name__)
         else:
             failpoint("checkpoint.after_commit")
@@ -397,10 +403,10 @@ class Job:
         )
 
     def commit(self, work: Callable[[Session], T], *, at: str = "") -> T:
-        """``work`` in a transaction of its own, tried again while the database is away and the lease lasts.
+        """``work`` in a transaction of its own, tried again while the database or the key store is away, for a lease.
 
         Safe to repeat: a write whose commit did happen raises LeaseLost the second time. ``at`` names the failpoints
-        around the commit. Raises LeaseLost, and the database's error when it stays away for the length of a lease.
+        around the commit. Raises LeaseLost, and the database's error or KeyStoreAway when that stays away for so long.
         """
         give_up = time.monotonic() + self.settings.lease_seconds
         while True:
@@ -412,8 +418,8 @@ class Job:
                 if at:
                     failpoint(f"{at}.after_commit")
                 return done
-            except TRANSIENT as error:
+            except (*TRANSIENT, KeyStoreAway) as error:
                 if self.heartbeat.lost.is_set() or time.monotonic() > give_up:
                     raise
-                log.warning("%s: database away, trying again (%s)", self.claim.request_id, type(error).__name__)
+                log.warning("%s: a database is away, trying again (%s)", self.claim.request_id, type(error).__name__)
             self.heartbeat.lost.wait(RETRY_SECONDS)

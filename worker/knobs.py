@@ -1,15 +1,12 @@
-"""From the settings to what training and checks take."""
+"""From the settings to what the checks take, and to what is kept beside their figures."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from app.knobs import training_config
 from app.settings import Mode, Settings
 from models.evaluation import CheckLimits
 from models.llm import FrozenLLM
-
-__all__ = ["check_limits", "conditions", "training_config"]
 
 
 def check_limits(settings: Settings) -> CheckLimits:

@@ -29,7 +29,7 @@ from app.vault import Vault
 from models.errors import DatasetError, ModelError
 from models.examples import read_examples
 from models.llm import FrozenLLM
-from worker.chores import end_expired, forget_old_keys, shred_due, sign_audit_log
+from worker.chores import end_expired, forget_old_keys, shred_due, sign_audit_log, tell_ended
 from worker.context import Context
 from worker.deliveries import Deliveries
 from worker.tasks import recheck_active_set, run_job
@@ -75,6 +75,7 @@ def run(settings: Settings) -> int:
             partial(end_expired, context.sessions),
             partial(forget_old_keys, context.sessions, settings.idempotency_hours),
             partial(shred_due, context.sessions, context.vault),
+            partial(tell_ended, context.sessions, context.vault, set[str]()),
             partial(sign_audit_log, context.sessions, context.vault, settings.audit_checkpoint_seconds),
         ],
     )

@@ -35,7 +35,7 @@ def run_job(context: Context, request_id: str) -> bool:
     settings = context.settings
     try:
         if why := why_unreadable(context):
-            log.error("%s: not claimed, it waits until the active set can be read: %s", request_id, why)
+            log.error("%s: not claimed, it waits: %s", request_id, why)
             return False
         with context.sessions.begin() as session:
             claim = job_queue.claim(

@@ -120,6 +120,12 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    waiting = op.get_bind().execute(sa.text("SELECT count(*) FROM pending_shreds")).scalar_one()
+    if waiting:  # their ids stand nowhere else: what was shredded would open again, with an old backup
+        raise RuntimeError(
+            f"{waiting} key shares are still to be destroyed, and the older version cannot: let a worker run, with the "
+            "key store, until `letheon vault status` shows none to be destroyed, then stop it and downgrade"
+        )
     # The older version knows no such state; the texts are still there, so it can train them again.
     op.execute("UPDATE unlearn_requests SET state = 'pending' WHERE state = 'awaiting_approval'")
     for table in ("webhook_deliveries", "webhooks", "idempotency_keys", "pending_shreds", "secrets"):

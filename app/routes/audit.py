@@ -12,7 +12,7 @@ from app.audit_chain import AuditBroken
 from app.audit_schemas import AuditCheckpointOut, AuditPage, PublicKeyOut
 from app.auth import AuditorCaller
 from app.deps import Limit, ServiceDep
-from app.errors import Forbidden, InvalidInput, RateLimited, Unauthenticated
+from app.errors import Forbidden, InvalidInput, KeyStoreAway, RateLimited, Unauthenticated
 from app.problems import problems
 from app.signing_key import load_signer
 
@@ -41,7 +41,7 @@ def list_audit_entries(
     response_class=StreamingResponse,
     responses={
         200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}},
-        **problems(AuditBroken),
+        **problems(AuditBroken, KeyStoreAway),
     },
 )
 def export_audit_log(caller: AuditorCaller, service: ServiceDep) -> StreamingResponse:
@@ -55,7 +55,7 @@ def export_audit_log(caller: AuditorCaller, service: ServiceDep) -> StreamingRes
     return StreamingResponse(audit.export(service.sessions, signer, head), media_type="application/x-ndjson")
 
 
-@router.get("/admin/audit/checkpoint", response_model=AuditCheckpointOut, responses=problems(AuditBroken))
+@router.get("/admin/audit/checkpoint", response_model=AuditCheckpointOut, responses=problems(AuditBroken, KeyStoreAway))
 def get_audit_checkpoint(caller: AuditorCaller, service: ServiceDep) -> Any:
     """The newest signed checkpoint, of the log as it is now. Kept elsewhere, it proves a later cut or rewrite."""
     with service.sessions.begin() as session:
@@ -63,7 +63,7 @@ def get_audit_checkpoint(caller: AuditorCaller, service: ServiceDep) -> Any:
         return audit.checkpoint_document(audit.checkpoint(session, signer), signer.public)
 
 
-@router.get("/admin/audit/public-key", response_model=PublicKeyOut)
+@router.get("/admin/audit/public-key", response_model=PublicKeyOut, responses=problems(KeyStoreAway))
 def get_audit_public_key(caller: AuditorCaller, service: ServiceDep) -> Any:
     """The key that checkpoints, exports and receipts are signed by."""
     with service.sessions.begin() as session:

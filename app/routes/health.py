@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from app.deps import ServiceDep
 from app.errors import NotReady, Stuck
 from app.problems import problems
-from app.schemas import Health
+from app.schemas import Health, Readiness
 
 router = APIRouter(tags=["health"])
 
@@ -25,8 +25,12 @@ async def livez(service: ServiceDep) -> Any:
     return {"status": "alive"}
 
 
-@router.get("/readyz", response_model=Health, responses=problems(NotReady))
+@router.get("/readyz", response_model=Readiness, responses=problems(NotReady))
 async def readyz(service: ServiceDep) -> Any:
-    """A classification would be answered now: the model thread runs and the active set can be confirmed."""
+    """A classification would be answered now: the model thread runs and the active set can be confirmed.
+
+    `degraded` names what else is broken: to take this server out of service would mend nothing.
+    """
     await to_thread.run_sync(service.serving.check, limiter=_probes)
-    return {"status": "ready"}
+    keystore = service.vault.keystore
+    return {"status": "ready", "degraded": [] if keystore is None or keystore.answers else ["key-store"]}

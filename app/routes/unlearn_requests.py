@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from app import idempotency, lifecycle, receipts, terms
 from app.audit_schemas import SignedReceipt
-from app.auth import READS_ALL, CancellingCaller, ReaderCaller, RequestsCaller
+from app.auth import CancellingCaller, ReaderCaller, RequestsCaller
 from app.broker import enqueue_training
 from app.deps import Limit, RequestCursor, RequestId, Service, ServiceDep
 from app.errors import (
@@ -29,6 +29,7 @@ from app.errors import (
     IdempotencyInFlight,
     IdempotencyMismatch,
     InvalidInput,
+    KeyStoreAway,
     MalformedBody,
     NotFound,
     NotReady,
@@ -38,6 +39,7 @@ from app.errors import (
     Unauthenticated,
 )
 from app.failpoints import failpoint
+from app.keys import READS_ALL
 from app.lifecycle import ForgetText
 from app.limits import check_count, check_steps, check_texts
 from app.problems import UnsupportedMediaType, problems
@@ -98,6 +100,7 @@ IdempotencyKey = Annotated[
             Overloaded,
             DeadlineExceeded,
             NotReady,
+            KeyStoreAway,
             UnsupportedMediaType,
             InvalidInput,
             IdempotencyMismatch,
@@ -219,7 +222,9 @@ def get_unlearn_request(caller: ReaderCaller, request_id: RequestId, service: Se
 
 
 @router.get(
-    "/unlearn-requests/{request_id}/receipt", response_model=SignedReceipt, responses=problems(NotFound, Conflict)
+    "/unlearn-requests/{request_id}/receipt",
+    response_model=SignedReceipt,
+    responses=problems(NotFound, Conflict, KeyStoreAway),
 )
 def get_receipt(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> Response:
     """What was done about a request, signed: the same bytes as long as nothing happens to it. 409 while it is open."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from app import webhooks
-from app.auth import Caller, RequestsCaller
+from app.auth import Caller, ReaderCaller
 from app.deps import DeliveryCursor, DeliveryId, Limit, ServiceDep, WebhookCursor, WebhookId
 from app.errors import (
     BodyTimeout,
@@ -15,6 +15,7 @@ from app.errors import (
     Conflict,
     Forbidden,
     InvalidInput,
+    KeyStoreAway,
     MalformedBody,
     NotFound,
     Overloaded,
@@ -37,10 +38,15 @@ def _shown(webhook: Webhook, caller: Caller) -> WebhookOut:
     "/webhooks",
     status_code=201,
     response_model=WebhookCreated,
-    responses=problems(MalformedBody, Conflict, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedMediaType),
+    responses=problems(
+        MalformedBody, Conflict, BodyTimeout, BodyTooLarge, Overloaded, KeyStoreAway, UnsupportedMediaType
+    ),
 )
-def create_webhook(body: WebhookIn, caller: RequestsCaller, service: ServiceDep) -> Any:
-    """Be told of the state changes of your requests. The answer holds the signing secret, for the only time."""
+def create_webhook(body: WebhookIn, caller: ReaderCaller, service: ServiceDep) -> Any:
+    """Be told of the state changes of your requests (scope `requests`), or with `all_requests` of everybody's.
+
+    The answer holds the signing secret, for the only time.
+    """
     with service.sessions.begin() as session:
         webhook, secret = webhooks.create_webhook(
             session,
@@ -56,7 +62,7 @@ def create_webhook(body: WebhookIn, caller: RequestsCaller, service: ServiceDep)
 
 
 @router.get("/webhooks", response_model=WebhookPage)
-def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50, cursor: WebhookCursor = None) -> Any:
+def list_webhooks(caller: ReaderCaller, service: ServiceDep, limit: Limit = 50, cursor: WebhookCursor = None) -> Any:
     """Your webhooks, newest first, disabled ones included; an admin sees everybody's, without their URLs."""
     with service.sessions() as session:
         items, next_cursor = webhooks.list_webhooks(session, of=caller.owner("admin"), limit=limit, cursor=cursor)
@@ -64,15 +70,15 @@ def list_webhooks(caller: RequestsCaller, service: ServiceDep, limit: Limit = 50
 
 
 @router.get("/webhooks/{webhook_id}", response_model=WebhookOut, responses=problems(NotFound))
-def get_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
+def get_webhook(caller: ReaderCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
     """One webhook."""
     with service.sessions() as session:
         return _shown(webhooks.get_webhook(session, webhook_id, of=caller.owner("admin")), caller)
 
 
 @router.delete("/webhooks/{webhook_id}", response_model=WebhookOut, responses=problems(NotFound))
-def disable_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
-    """End a webhook, for good. What waits for it is not sent; its log stays for a while."""
+def disable_webhook(caller: ReaderCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
+    """End a webhook, for good; an admin may end anybody's. What waits for it is not sent; its log stays for a while."""
     with service.sessions.begin() as session:
         webhook = webhooks.disable_webhook(session, webhook_id, of=caller.owner("admin"), actor=caller.key_id)
     return _shown(webhook, caller)
@@ -80,7 +86,7 @@ def disable_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: Serv
 
 @router.get("/webhooks/{webhook_id}/deliveries", response_model=DeliveryPage, responses=problems(NotFound))
 def list_webhook_deliveries(
-    caller: RequestsCaller,
+    caller: ReaderCaller,
     webhook_id: WebhookId,
     service: ServiceDep,
     limit: Limit = 50,
@@ -101,7 +107,7 @@ def list_webhook_deliveries(
     response_model=DeliveryOut,
     responses=problems(NotFound, Conflict),
 )
-def redeliver(caller: RequestsCaller, webhook_id: WebhookId, delivery_id: DeliveryId, service: ServiceDep) -> Any:
+def redeliver(caller: ReaderCaller, webhook_id: WebhookId, delivery_id: DeliveryId, service: ServiceDep) -> Any:
     """Send a message once more, whatever became of it; it keeps its id. One that waits for another attempt goes now."""
     with service.sessions.begin() as session:
         return webhooks.redeliver(session, webhook_id, delivery_id, of=caller.owner("admin"))
@@ -113,7 +119,7 @@ def redeliver(caller: RequestsCaller, webhook_id: WebhookId, delivery_id: Delive
     response_model=DeliveryOut,
     responses=problems(NotFound, Conflict),
 )
-def ping_webhook(caller: RequestsCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
+def ping_webhook(caller: ReaderCaller, webhook_id: WebhookId, service: ServiceDep) -> Any:
     """Send a `ping`; its delivery says whether it arrived."""
     with service.sessions.begin() as session:
         return webhooks.ping(session, webhook_id, of=caller.owner("admin"))
