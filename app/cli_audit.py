@@ -105,6 +105,13 @@ def receipt_get(request_id: str) -> None:
     typer.echo(canonical(document))
 
 
+@receipt.command("extract")
+def receipt_extract(file: Path) -> None:
+    """Print the signed receipt that a report (JSON, HTML or PDF) holds. It is not verified: that is `verify`."""
+    with _reading(file) as lines:
+        typer.echo(receipt_format.extract(lines.read()))
+
+
 @receipt.command("verify")
 def receipt_verify(file: Path, public_key: KeyOption = None, as_json: JsonOption = False) -> None:
     """Prove that a receipt is what the deployment gave out, without a server. Exit status 1 when it is not."""

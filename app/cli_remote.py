@@ -16,6 +16,7 @@ from app.cli_bulk import BulkOptions
 from app.cli_output import CommandGroup, JsonOption, bar, emit, note, percent, print_table, request_bar
 from app.client import CLASSIFY_BATCH, Client
 from app.errors import InvalidInput
+from app.report_schemas import ReportFormat
 from app.settings import get_settings
 
 requests = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Erasure requests.")
@@ -126,6 +127,24 @@ def show(
     with make_client() as client:
         request = follow(client, request_id) if wait else client.show(request_id)
     emit(request) if as_json else print_request(request)
+
+
+@requests.command("report")
+def report(
+    request_id: str,
+    report_format: Annotated[
+        ReportFormat, typer.Option("--format", help="html and pdf are single files, to be kept or printed.")
+    ] = ReportFormat.JSON,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file. Default: stdout.")] = None,
+) -> None:
+    """What was asked, done and measured, in plain words around the signed receipt. There is one once it has ended."""
+    with make_client() as client:
+        data = client.report(request_id, report_format)
+    if out is None:
+        sys.stdout.buffer.write(data)
+        return
+    out.write_bytes(data)
+    note(f"{out}: {len(data):,} bytes; letheon receipt extract {out} takes the signed receipt out of it")
 
 
 @requests.command("cancel")

@@ -132,6 +132,11 @@ class Client:
     def receipt(self, request_id: str) -> dict[str, Any]:
         return self._call("GET", f"/unlearn-requests/{_segment(request_id)}/receipt")
 
+    def report(self, request_id: str, report_format: str) -> bytes:
+        """The file that the server gives out: ``json``, ``html`` or ``pdf``."""
+        path = f"/unlearn-requests/{_segment(request_id)}/report"
+        return self._send("GET", path, params={"format": report_format}).content
+
     def list(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
         return self._call("GET", "/unlearn-requests", params=_params(limit=limit, cursor=cursor, state=state))
 
@@ -300,13 +305,17 @@ class Client:
                 time.sleep(min(error.retry_after or 1.0, 30.0))
         raise AssertionError("unreachable")
 
-    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
         if response.status_code >= 300:
             raise _problem(response)
+        return response
+
+    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        response = self._send(method, path, **arguments)
         try:
             body = response.json()
         except ValueError:

@@ -6,8 +6,10 @@ bytes of ``…`` as they stand in the file, so another program needs no JSON lib
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 from typing import Any, ClassVar
 
 from app.errors import InvalidInput, LetheonError
@@ -61,6 +63,22 @@ def wilson(rate: float, rows: int) -> tuple[float, float]:
 
 def sign(receipt: dict[str, Any], signer: Signer) -> dict[str, Any]:
     return {"receipt": receipt, "signature": signer.sign(PURPOSE, receipt)}
+
+
+_RECEIPT = re.compile(rb'\{"receipt":\{[\x20-\x7e]*?\},"signature":"[0-9a-f]{128}"\}')
+_LINK = re.compile(rb'href="data:application/json;base64,([A-Za-z0-9+/=]+)"')
+
+
+def extract(data: bytes) -> bytes:
+    """The receipt's file that a report holds: as it stands in JSON and PDF, in a link of the page.
+
+    It is not verified. Raises ReceiptInvalid where there is not exactly one.
+    """
+    linked = [base64.b64decode(link) for link in _LINK.findall(data)]
+    found: set[bytes] = {receipt for part in [*linked, data] for receipt in _RECEIPT.findall(part)}
+    if len(found) != 1:
+        raise ReceiptInvalid("this file holds no receipt" if not found else "this file holds more than one receipt")
+    return found.pop()
 
 
 def verify(data: bytes, public_key: PublicKey | None = None) -> tuple[dict[str, Any], PublicKey]:

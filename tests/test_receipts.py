@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_kit import MARKER, Api, assert_problem, listening, make_settings, new_key, running, tiny_llm
+from api_kit import MARKER, assert_problem, listening, new_key, running, tiny_llm
 from click.testing import Result
 from databases import migrated_database
 from floor import activate, must_take, submit
@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, sessionmaker
+from training_kit import train
 from typer.testing import CliRunner
-from worker_kit import forget_texts, write_retain
+from worker_kit import forget_texts
 
 from app import active_set, cli, db, lifecycle, receipts
 from app.audit_export import verify_lines
@@ -31,9 +32,6 @@ from app.signing_key import load_signer
 from app.tables import ForgetDigest, Prompt, UnlearnRequest
 from app.vault import Vault
 from models import metrics
-from models.examples import read_examples
-from worker.context import Context
-from worker.tasks import run_job
 
 Sessions = sessionmaker[Session]
 
@@ -186,23 +184,6 @@ def test_what_moves_while_it_is_made_is_in_it_whole(
 
 
 # --- of a real training, over HTTP -----------------------------------------------------------------------------------
-
-
-def train(api: Api, folder: Path, mode: Mode, texts: list[str]) -> str:
-    """A request that the worker's own job puts in force; lax checks, few steps."""
-    request_id: str = api.submit(api.key(), *texts)["id"]
-    lax = {
-        "min_forget_abstain": 0,
-        "max_retain_drop": 1,
-        "max_class_drop": 1,
-        "max_neighbour_drop": 1,
-        "max_total_claim_rate": 1,
-    }
-    knobs = {"mode": mode, "num_virtual_tokens": 4, "max_steps": 4, "max_tries": 1, "check_retain_rows": 16}
-    knobs = make_settings("", folder, quantization="none", **lax, **knobs)
-    retain = read_examples(str(write_retain(folder / "retain.jsonl")), labels=knobs.labels)
-    run_job(Context(knobs, api.service.sessions, api.service.vault, tiny_llm(), retain), request_id)
-    return request_id
 
 
 @pytest.mark.parametrize("mode", list(Mode))
