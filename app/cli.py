@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from app import cli_admin, cli_audit, cli_doctor, cli_local, cli_remote, cli_vault, cli_webhooks
+from app import cli_admin, cli_audit, cli_doctor, cli_interop, cli_local, cli_remote, cli_vault, cli_webhooks
 from app.cli_output import CommandGroup, note
 from app.defaults import resolve_model, resolve_retain
 from app.settings import get_settings
@@ -31,6 +31,8 @@ app.command("finetune")(cli_local.finetune)
 app.add_typer(cli_remote.requests, name="requests")
 app.command("classify")(cli_remote.classify)
 app.add_typer(cli_webhooks.webhooks, name="webhooks")
+cli_admin.prompts.command("export")(cli_interop.export)
+cli_admin.prompts.command("import")(cli_interop.import_adapter)
 app.add_typer(cli_admin.prompts, name="prompts")
 app.add_typer(cli_admin.active_sets, name="active-sets")
 app.add_typer(cli_local.keys_app, name="keys")

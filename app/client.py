@@ -135,7 +135,7 @@ class Client:
     def report(self, request_id: str, report_format: str) -> bytes:
         """The file that the server gives out: ``json``, ``html`` or ``pdf``."""
         path = f"/unlearn-requests/{_segment(request_id)}/report"
-        return self._send("GET", path, params={"format": report_format}).content
+        return self._request("GET", path, params={"format": report_format}).content
 
     def list(self, *, limit: int = 50, cursor: str | None = None, state: str | None = None) -> dict[str, Any]:
         return self._call("GET", "/unlearn-requests", params=_params(limit=limit, cursor=cursor, state=state))
@@ -261,6 +261,11 @@ class Client:
             if before is None:
                 return None
 
+    def export_prompt(self, prompt_id: str, kind: str) -> bytes:
+        """A prompt in clear: ``peft`` and ``vllm`` are zip files, ``safetensors`` is a tensor."""
+        path = f"/admin/prompts/{_segment(prompt_id)}/export"
+        return self._request("GET", path, params={"format": kind}).content
+
     # --- webhooks ----------------------------------------------------------------------------------------------------
 
     def create_webhook(self, url: str, *, states: Sequence[str] = (), all_requests: bool = False) -> dict[str, Any]:
@@ -305,17 +310,8 @@ class Client:
                 time.sleep(min(error.retry_after or 1.0, 30.0))
         raise AssertionError("unreachable")
 
-    def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
-        try:
-            response = self._http.request(method, path, **arguments)
-        except httpx2.TransportError as error:
-            raise self._unreachable(error) from None
-        if response.status_code >= 300:
-            raise _problem(response)
-        return response
-
     def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        response = self._send(method, path, **arguments)
+        response = self._request(method, path, **arguments)
         try:
             body = response.json()
         except ValueError:
@@ -323,6 +319,15 @@ class Client:
         if not isinstance(body, dict):
             raise ApiError("the answer is not Letheon's: is the address right?", status_code=0, problem_code="foreign")
         return body
+
+    def _request(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+        if response.status_code >= 300:
+            raise _problem(response)
+        return response
 
     def _unreachable(self, error: httpx2.TransportError) -> Unreachable:
         # The exception's own text may quote the request; its type says enough.

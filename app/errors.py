@@ -47,6 +47,12 @@ class SameKey(Forbidden):
     code, title = "same-key", "Another person's API key is needed"
 
 
+class ExportsOff(Forbidden):
+    """The operator has not said that prompts may leave the service."""
+
+    code, title = "exports-off", "This server does not export prompts"
+
+
 class NotFound(LetheonError):
     status, code, title = 404, "not-found", "No such resource"
 

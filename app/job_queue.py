@@ -33,6 +33,7 @@ from app.vault import Vault
 
 __all__ = [
     "Claim",
+    "add_checkpoint",
     "claim",
     "heartbeat",
     "load_checkpoint",
@@ -127,6 +128,13 @@ def save_checkpoint(session: Session, vault: Vault, claim: Claim, *, step: int, 
         session.add(Checkpoint(request_id=claim.request_id, step=step, updated_at=utcnow(), sealed=sealed))
     else:
         row.step, row.updated_at, row.sealed = step, utcnow(), sealed
+
+
+def add_checkpoint(session: Session, vault: Vault, request: UnlearnRequest, data: bytes) -> None:
+    """What the first worker goes on from, of a request that this transaction has made: nobody holds it yet."""
+    assert request.wrapped_key is not None
+    sealed = vault.seal(request.wrapped_key, data, aad=checkpoint_aad(request.id, 0))
+    session.add(Checkpoint(request_id=request.id, step=0, updated_at=utcnow(), sealed=sealed))
 
 
 def load_checkpoint(session: Session, vault: Vault, claim: Claim) -> tuple[int, bytes] | None:

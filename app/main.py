@@ -29,7 +29,19 @@ from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
 from app.rate_limits import RateLimits
 from app.reconcile import make_ready
-from app.routes import admin, approvals, audit, classify, docs, health, metrics, reports, unlearn_requests, webhooks
+from app.routes import (
+    admin,
+    approvals,
+    audit,
+    classify,
+    docs,
+    exports,
+    health,
+    metrics,
+    reports,
+    unlearn_requests,
+    webhooks,
+)
 from app.scrape import Scrapes
 from app.security_headers import SecurityHeaders
 from app.serving import Serving
@@ -120,7 +132,10 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     )
     app.add_middleware(RequestContext, metrics=counts)
     app.add_middleware(SecurityHeaders)  # added last, so outermost
-    for module in (unlearn_requests, approvals, reports, webhooks, classify, admin, audit, health, metrics, docs):
+    for module in (
+        *(unlearn_requests, approvals, reports, webhooks, classify),
+        *(admin, exports, audit, health, metrics, docs),
+    ):
         app.include_router(module.router)
     return app
 

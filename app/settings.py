@@ -115,6 +115,11 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="Deliveries that have ended are kept for this long."
     )
 
+    export_prompts: bool = Field(
+        default=False,
+        description="Admins may export prompts in clear. No revoke reaches a copy that is outside.",
+    )
+
     traces: bool = Field(
         default=False, description="OpenTelemetry traces; needs `letheon[otel]`. OTEL_… variables say where they go."
     )

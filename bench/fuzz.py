@@ -147,6 +147,7 @@ def fuzz(
         "max_forget_texts": 64,
         "max_classify_texts": 64,
         "retain": str(_retain(home)),
+        "export_prompts": True,
     }
     settings = Settings(**values)
     db.upgrade(database_url)

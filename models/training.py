@@ -31,7 +31,8 @@ from models.training_copy import training_copy
 
 _ABSTAINS = -1
 
-Stopped = Literal["converged", "max_steps", "deadline", "cancelled"]
+Stopped = Literal["converged", "max_steps", "deadline", "cancelled", "imported"]
+"""``imported``: it was trained elsewhere, and nothing here has touched it."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("POST", "/classify"): {"classify"},
     ("GET", "/admin/prompts"): {"admin", "auditor"},
     ("GET", "/admin/prompts/{prompt_id}"): {"admin", "auditor"},
+    ("GET", "/admin/prompts/{prompt_id}/export"): {"admin"},
     ("POST", "/admin/prompts/{prompt_id}/revoke"): {"admin"},
     ("POST", "/admin/prompts/{prompt_id}/revoke/withdraw"): {"admin"},
     ("GET", "/admin/active-sets"): {"admin", "auditor"},
@@ -107,7 +108,7 @@ def routes(found: Iterable[BaseRoute]) -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     folder = tmp_path_factory.mktemp("matrix")
-    with running(f"sqlite:///{folder}/letheon.db", folder, mode=Mode.CONCATENATE) as api:
+    with running(f"sqlite:///{folder}/letheon.db", folder, mode=Mode.CONCATENATE, export_prompts=True) as api:
         yield api
 
 

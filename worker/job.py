@@ -141,6 +141,8 @@ class Job:
                 with span("letheon.checks"):
                     return self.check_and_activate(result, forget, retain, around, tries)
             except ChecksFailed as failed:
+                if result.stopped == "imported":
+                    raise  # this prompt was asked for, not one that is trained in its place
                 tries = [*tries, record_of(plan, result, failed)]
                 plan = next_try(first, [found["missed"] for found in tries], max_tries=self.settings.max_tries)
                 if plan is None or time.monotonic() > self.deadline or not self.has_room(plan):

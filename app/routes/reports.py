@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from app import lifecycle, report, report_page, report_pdf
-from app.auth import READS_ALL, ReaderCaller
+from app.auth import ReaderCaller
 from app.deps import RequestId, ServiceDep
 from app.errors import Conflict, Forbidden, InvalidInput, NotFound, RateLimited, Unauthenticated
+from app.keys import READS_ALL
 from app.problems import problems
 from app.report_schemas import ReportFormat, ReportOut
 from app.signing import canonical
