@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import approval, audit, db, set_history, shredding
+from app import approval, audit, db, evidence, set_history, shredding
 from app.errors import (
     Conflict,
     InvalidInput,
@@ -272,6 +272,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
     prompt.state = PromptState.REVOKED
     shredding.destroy_key(session, prompt.wrapped_key)
     prompt.wrapped_key = prompt.sealed = prompt.sealed_gate = prompt.sealed_canaries = None
+    evidence.drop(session, request.id)
     prompt.revoked_at = now
     prompt.revoked_by = actor[:40]
     prompt.revoke_code, prompt.revoke_reason = code, reason

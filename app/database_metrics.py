@@ -6,7 +6,7 @@ Every replica reads the same rows, so a query over several takes the ``max``, ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +18,7 @@ from app.tables import (
     RUNNING,
     ActiveSet,
     DeliveryState,
+    Evidence,
     Prompt,
     PromptState,
     RequestState,
@@ -48,10 +49,11 @@ class Seen:
     overdue_seconds: float | None
     overdue: int = 0
     due_soon: int = 0
+    evidence: Mapping[str, int] = field(default_factory=dict)
 
 
 def observe(session: Session, now: datetime) -> Seen:
-    """Three grouped queries and one row; begins the transaction, which must be a new one, and only reads."""
+    """Four grouped queries and one row; begins the transaction, which must be a new one, and only reads."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SET TRANSACTION READ ONLY"))
         session.execute(text(f"SET LOCAL statement_timeout = {STATEMENT_MILLISECONDS}"))
@@ -88,6 +90,9 @@ def observe(session: Session, now: datetime) -> Seen:
     sent = session.execute(select(message.state, func.count(), func.min(message.next_at)).group_by(message.state)).all()
     deliveries = {found[0]: found[1] for found in sent}
 
+    absent = Evidence.sealed.is_(None)
+    made: dict[bool, int] = {bool(a): n for a, n in session.execute(select(absent, func.count()).group_by(absent))}
+
     def ago(moment: datetime | None) -> float | None:
         return None if moment is None else max(0.0, (now - moment).total_seconds())
 
@@ -109,6 +114,7 @@ def observe(session: Session, now: datetime) -> Seen:
         overdue_seconds=ago(min((found[2] for found in sent if found[2] is not None), default=None)),
         overdue=sum(found.overdue for found in unfinished),
         due_soon=sum(found.due - found.overdue for found in unfinished),
+        evidence={"kept": made.get(False, 0), "absent": made.get(True, 0)},
     )
 
 
@@ -181,6 +187,11 @@ def families(seen: Seen | None) -> Iterator[Metric]:
     deliveries = GaugeMetricFamily(
         "letheon_webhook_deliveries", "Messages to webhooks in the log, by state.", labels=["state"]
     )
+    evidence = GaugeMetricFamily(
+        "letheon_evidence",
+        "Requests by whether their evidence is kept, or absent because it could not be made.",
+        labels=["state"],
+    )
     expiries = CounterMetricFamily(
         "letheon_lease_expiries",
         "Attempts that ended because nobody renewed their lease: the worker was lost, or broke off.",
@@ -193,9 +204,11 @@ def families(seen: Seen | None) -> Iterator[Metric]:
             prompts.add_metric([state], count)
         for state, count in seen.deliveries.items():
             deliveries.add_metric([state], count)
+        for state, count in seen.evidence.items():
+            evidence.add_metric([state], count)
         expiries.add_metric([], seen.lease_expiries)
         for family, read in gauges:
             value = read(seen)
             if value is not None:
                 family.add_metric([], value)
-    yield from (requests, prompts, deliveries, expiries, *(family for family, _ in gauges))
+    yield from (requests, prompts, deliveries, evidence, expiries, *(family for family, _ in gauges))

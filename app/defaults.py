@@ -77,3 +77,11 @@ def resolve_retain(settings: Settings) -> str:
     if not path.is_file():
         raise NotConfigured(f"{path} is missing: run `letheon data pull`, or set LETHEON_RETAIN")
     return str(path)
+
+
+def resolve_held_out(settings: Settings) -> str | None:
+    """Texts that the model was never trained on: a file or a dataset id; None where there are none."""
+    if settings.held_out:
+        return settings.held_out
+    path = reviews_dir(settings.home) / "held_out.jsonl"
+    return str(path) if not settings.retain and path.is_file() else None

@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
-from app import audit, db, shredding, webhook_queue
+from app import audit, db, evidence, shredding, webhook_queue
 from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from app.tables import (
     RUNNING,
@@ -313,6 +313,8 @@ def move(
     if to in ENDS_TRAINING and before != RequestState.SUSPENDED:
         request.finished_at = now
         end_texts(session, request, now)
+    if to in (RequestState.FAILED, RequestState.CANCELLED):
+        evidence.drop(session, request.id)
     record_state(session, request, before=before, actor=actor, detail=detail or {}, now=now)
 
 

@@ -35,6 +35,7 @@ from app.routes import (
     audit,
     classify,
     docs,
+    evidence,
     exports,
     health,
     metrics,
@@ -133,7 +134,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     app.add_middleware(RequestContext, metrics=counts)
     app.add_middleware(SecurityHeaders)  # added last, so outermost
     for module in (
-        *(unlearn_requests, approvals, reports, webhooks, classify),
+        *(unlearn_requests, approvals, reports, evidence, webhooks, classify),
         *(admin, exports, audit, health, metrics, docs),
     ):
         app.include_router(module.router)

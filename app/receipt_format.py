@@ -37,6 +37,13 @@ MEANING = (
     "The entries under `audit` can be looked up in an export of the audit log.",
 )
 
+MEMBERSHIP = (
+    "`membership_auc` is how well the probability of the true label tells the request's texts (all, or a sample) "
+    "from other texts: 0.5 is guessing, below it they stand out by being refused. Its interval is Newcombe's, at 95 %. "
+    "A figure near 0.5 proves nothing: other attacks may do better."
+)
+"""Stands with the meaning where a receipt has such a figure."""
+
 
 class ReceiptInvalid(LetheonError):
     """Not a receipt as this deployment gave it out."""

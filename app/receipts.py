@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from app import audit, lifecycle
 from app.audit_chain import iso
 from app.errors import Conflict
-from app.receipt_format import MEANING, sign, wilson
+from app.receipt_format import MEANING, MEMBERSHIP, sign, wilson
 from app.set_history import RECORD_ONLY
 from app.signing import PublicKey
 from app.signing_key import load_signer
@@ -108,7 +108,7 @@ def _receipt(session: Session, request: UnlearnRequest, public: PublicKey) -> di
             {"seq": entry.seq, "at": iso(entry.at), "action": entry.action, "hash": entry.hash}
             for entry in audit.entries_about(session, request.id, *([prompt.id] if prompt else []))
         ],
-        "meaning": list(MEANING),
+        "meaning": [*MEANING, *([MEMBERSHIP] if metrics.get("membership") else [])],
         "key": _key(public),
     }
 
@@ -166,7 +166,7 @@ def _checks(request: UnlearnRequest, metrics: Mapping[str, Any]) -> dict[str, An
         "violations": metrics.get("violations", []),
         "limits": metrics.get("limits"),
         "counts": {name: metrics[name] for name in _COUNTS if name in metrics},
-        "rates": [*_rates(request, metrics), *_class_rates(metrics)],
+        "rates": [*_rates(request, metrics), *_class_rates(metrics), *_membership(metrics)],
     }
 
 
@@ -183,6 +183,17 @@ def _class_rates(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for label, figures in sorted(metrics.get("per_class", {}).items()):
         for when in ("before", "after"):
             yield _rate(f"accuracy of class {label}, {when}", figures[when], int(figures["rows"]))
+
+
+def _membership(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of requests that have evidence: no share of rows, so with the interval that it came with."""
+    found = metrics.get("membership")
+    if not found:
+        return
+    for name, when in (("membership_auc", "after"), ("membership_auc_before", "before")):
+        area = found[when]
+        figures = {"rate": area["auc"], "rows": found["members"], "low": area["low"], "high": area["high"]}
+        yield {"name": name, **figures, "approximate": False}
 
 
 def _rate(name: str, rate: float, rows: int | None, *, approximate: bool = False) -> dict[str, Any]:

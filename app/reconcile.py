@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, ended, lifecycle, set_history, shredding
+from app import active_set, audit, ended, evidence, lifecycle, set_history, shredding
 from app.errors import KeyDestroyed, ShareMissing, VaultError
 from app.keystore import CHUNK
 from app.lifecycle import end_failed, lock_request, move
@@ -125,6 +125,7 @@ def reconcile(session: Session, vault: Vault) -> Reconciled:
         prompt.state = PromptState.REVOKED
         shredding.destroy_key(session, prompt.wrapped_key)
         prompt.wrapped_key = prompt.sealed = prompt.sealed_gate = prompt.sealed_canaries = None
+        evidence.drop(session, prompt.request_id)
         prompt.revoked_at, prompt.revoked_by, prompt.revoke_code = now, "system", CODE
     version = active_set.bump(session, current, actor="system", now=now) if in_force else current.version
     for prompt in prompts:

@@ -205,6 +205,17 @@ class Settings(BaseSettings):
         ge=1,
         description="A prompt that fails its checks is trained again, with other weights or tokens: trainings in all.",
     )
+    evidence_texts: int = Field(
+        default=64,
+        ge=0,
+        le=512,
+        description="Texts of each kind (forget, retain, held out) that a request's evidence is made of; 0: none is.",
+    )
+    held_out: str = Field(
+        default="",
+        description="Texts that the model has never been trained on, in a file as `retain` is: the other side of the "
+        "evidence's attack. Empty: the demo's with the demo's data, else retain rows are.",
+    )
     min_retain_rows: int = Field(
         default=32,
         ge=1,

@@ -192,6 +192,20 @@ class Checkpoint(Base):
     sealed: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class Evidence(Base):
+    """What the checks left to look at (``app.evidence``), sealed under the request's key until it has a prompt.
+
+    Without ``sealed`` it could not be made, and ``absent`` is the kind of error.
+    """
+
+    __tablename__ = "evidence"
+
+    request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"), primary_key=True)
+    created_at: Mapped[datetime]
+    sealed: Mapped[bytes | None] = mapped_column(LargeBinary)
+    absent: Mapped[str | None] = mapped_column(String(60))
+
+
 class RequestEvent(Base):
     """Progress and state changes, in order; the SSE stream reads these rows and ``id`` is its event id."""
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Z95 = 1.959964  # the normal distribution's 97.5 % quantile
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -38,7 +40,7 @@ def bootstrap(values: Tensor, *, seed: int = 0, draws: int = 2000, level: float 
     return Estimate(float(values.mean()), low, high)
 
 
-def wilson(hits: int, rows: int, *, z: float = 1.959964) -> Estimate:
+def wilson(hits: int, rows: int, *, z: float = Z95) -> Estimate:
     """Of a share: Wilson's score interval (1927), 95 % by default; it has a width at 0 of n, too. Raises ValueError.
 
     ``app.receipt_format``, which must not need torch, has its own.
@@ -66,6 +68,47 @@ def auc(members: Tensor, others: Tensor) -> float:
     below = torch.searchsorted(ordered, members.double(), right=False)
     upto = torch.searchsorted(ordered, members.double(), right=True)
     return float((below + upto).double().mean() / (2 * len(others)))
+
+
+def auc_interval(area: float, members: int, others: int, *, z: float = Z95) -> tuple[float, float]:
+    """95 % by default: Newcombe 2006 (part 2, method 5), the score interval of Hanley and McNeil's variance (1982).
+
+    Within 0 to 1, and with a width at both ends, where theirs has none. Raises ValueError.
+    """
+    if not 0 <= area <= 1 or members < 1 or others < 1:
+        raise ValueError(f"{area} is not an area of {members} members and {others} others")
+
+    def error(true: float) -> float:
+        spread = (1 - true) / (2 - true) + true / (1 + true)
+        rows = (members + others) / 2 - 1
+        return z * math.sqrt(true * (1 - true) * (1 + rows * spread) / (members * others))
+
+    def bound(sign: int) -> float:
+        """Where the distance from ``area`` is as large as the error there: what is farther away is less likely."""
+        inside, outside = area, 1.0 if sign > 0 else 0.0
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            if sign * (middle - area) < error(middle):
+                inside = middle
+            else:
+                outside = middle
+        return (inside + outside) / 2
+
+    return (0.0 if area == 0 else bound(-1), 1.0 if area == 1 else bound(1))
+
+
+def roc(members: Tensor, others: Tensor) -> list[tuple[float, float]]:
+    """The ROC curve of a score, (m,) and (n,): shares of others and of members at or above each value of it.
+
+    From (0, 0) to (1, 1); rows of equal score are one slanted step, so the area under it is ``auc``.
+    """
+    if not len(members) or not len(others):
+        raise ValueError("an ROC curve needs members and others")
+    members, others = members.double(), others.double()
+    found = [(0.0, 0.0)]
+    for least in torch.cat([members, others]).unique().flip(0):
+        found.append((float((others >= least).double().mean()), float((members >= least).double().mean())))
+    return found
 
 
 def tpr_at_fpr(members: Tensor, others: Tensor, fpr: float) -> float:

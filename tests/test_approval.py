@@ -19,7 +19,7 @@ from webhook_kit import receiving, sender
 from worker_kit import forget_texts, write_retain
 
 import worker.job
-from app import approval, audit, job_queue, lifecycle
+from app import approval, audit, evidence, job_queue, lifecycle
 from app.errors import Conflict, LetheonError
 from app.lifecycle import ForgetText
 from app.settings import Mode, Settings
@@ -287,12 +287,18 @@ def ask(context: Context, texts: list[ForgetText], *, approve: bool, **options: 
         ).id
 
 
+def read_evidence(context: Context, request_id: str) -> dict[str, Any]:
+    with context.sessions() as session:
+        return evidence.read(session, context.vault, lifecycle.get_request(session, request_id))
+
+
 def test_what_was_approved_is_what_comes_into_force(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not trained again, although the retain set has shrunk and the active set has moved meanwhile."""
     converges = {"check_every": 2, "target_abstain": 0, "target_retain_drop": 1}
     request_id = ask(context, forget_texts(), approve=True, **converges)
     run_job(context, request_id)
     assert state(context.sessions, request_id) == "awaiting_approval"
+    waiting = read_evidence(context, request_id)
     # A text that is in the retain set, and that another request has out of it from now on.
     other = ask(context, [ForgetText(context.retain[0].text), *forget_texts(salt="o")], approve=False)
     run_job(context, other)
@@ -312,6 +318,9 @@ def test_what_was_approved_is_what_comes_into_force(context: Context, monkeypatc
         assert (row.metrics["stopped"], row.metrics["steps"], row.metrics["attempt"]) == ("converged", 2, 1)
         assert row.wrapped_key is row.sealed_texts is session.get(Checkpoint, request_id) is None
         audit.verify(session)
+    in_force = read_evidence(context, request_id)  # made again, and the request's key that sealed the first is gone
+    assert in_force["prompt_digest"] == waiting["prompt_digest"] == prompt.digest
+    assert in_force["created_at"] > waiting["created_at"]
 
 
 @SQLITE

@@ -60,6 +60,7 @@ def test_an_empty_database(sessions: Sessions) -> None:
         steps_planned=0,
         deliveries={state.value: 0 for state in DeliveryState},
         overdue_seconds=None,
+        evidence={"kept": 0, "absent": 0},
     )
     values = {family.name: [sample.value for sample in family.samples] for family in families(seen)}
     assert values["letheon_requests_pending_oldest_seconds"] == [0]
@@ -210,13 +211,13 @@ def test_messages_to_webhooks(sessions: Sessions, vault: Vault) -> None:
     assert seen.overdue_seconds is None
 
 
-def test_a_reading_is_four_queries_and_cannot_write(
+def test_a_reading_is_five_queries_and_cannot_write(
     sessions: Sessions, vault: Vault, engine: Engine, statements: list[str]
 ) -> None:
     submit(sessions, vault)
     statements.clear()
     look(sessions)
-    assert len([said for said in statements if said.startswith("SELECT")]) == 4
+    assert len([said for said in statements if said.startswith("SELECT")]) == 5
     assert not [said for said in statements if said.startswith(("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE"))]
     if engine.dialect.name == "postgresql":
         with sessions() as session:

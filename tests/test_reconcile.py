@@ -20,11 +20,12 @@ from vault_kit import NEW, OLD, away, backup, pending, prompt_opens, sharing, te
 from webhook_kit import add_key, add_webhook
 from worker_kit import forget_texts, write_retain
 
-from app import active_set, audit, db, job_queue, keys, lifecycle, reconcile, shredding, webhooks
+from app import active_set, audit, db, evidence, job_queue, keys, lifecycle, reconcile, shredding, webhooks
 from app.errors import KeyStoreAway, ShareMissing, VaultError
+from app.evidence import Found
 from app.keystore import KeyStore
 from app.settings import Mode
-from app.tables import AuditEntry, Prompt, UnlearnRequest, Webhook, utcnow
+from app.tables import AuditEntry, Evidence, Prompt, UnlearnRequest, Webhook, utcnow
 from app.vault import Vault
 from models.examples import read_examples
 from worker.chores import tell_ended
@@ -53,7 +54,11 @@ def put(sessions: Sessions, vault: Vault, data: bytes) -> str:
     request = must_take(sessions, submit(sessions, vault))
     with sessions() as session:
         version = active_set.read_active_set(session).version
-    return activate(sessions, vault, request, data=data, version=version)
+    prompt_id = activate(sessions, vault, request, data=data, version=version)
+    with sessions.begin() as session:
+        key = active_set.get_prompt(session, prompt_id).wrapped_key
+        evidence.save(session, vault, request.request_id, key, Found({"seed": 0}))
+    return prompt_id
 
 
 @pytest.fixture
@@ -119,6 +124,9 @@ def test_the_database_follows_the_key_store(restored: Restored, caplog: pytest.L
     with sessions() as session:
         after, members = active_set.read_members(session)
         assert after.version == before.version + 1 and [member.id for member in members] == [prompts["kept"]]
+        kept = session.get_one(UnlearnRequest, session.get_one(Prompt, prompts["kept"]).request_id)
+        assert list(session.scalars(select(Evidence.request_id))) == [kept.id]
+        assert evidence.read(session, restored.vault, kept)["seed"] == 0
         for name in ("revoked", "suspended"):
             row = session.get_one(Prompt, prompts[name])
             assert (row.state, row.revoked_by, row.revoke_code) == ("revoked", "system", "reconciled")

@@ -38,6 +38,7 @@ class Context:
     vault: Vault
     llm: FrozenLLM
     retain: Sequence[Example]
+    held_out: Sequence[Example] = ()
     stop: threading.Event = field(default_factory=threading.Event)
     owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
     retain_digests: Sequence[bytes] = field(init=False)
@@ -51,6 +52,10 @@ class Context:
     def space_source(self) -> str:
         """Names the gate space that this worker's requests are fitted in."""
         return space_source(self.llm, self.retain, self.settings.gate_rows)
+
+    @cached_property
+    def held_out_digests(self) -> Sequence[bytes]:
+        return [self.vault.digest(example.text) for example in self.held_out]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retain_digests", [self.vault.digest(example.text) for example in self.retain])

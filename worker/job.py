@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from app import active_set, approval, job_queue, lifecycle
+from app import active_set, approval, evidence, job_queue, lifecycle
 from app.active_set import TrainedGate
 from app.errors import KeyStoreAway, LeaseLost, ModeMismatch, NotReady, ShareMissing, StaleActiveSet, VaultError
+from app.evidence import Found
 from app.failpoints import failpoint
 from app.knobs import training_config
 from app.lifecycle import CancelRequested, Claim
@@ -40,6 +41,7 @@ from models.surroundings import Surroundings
 from models.training import Progress, TrainingResult, train_soft_prompt
 from worker.concatenated import check_stack, open_all_canaries
 from worker.context import UNREADABLE, Context, retain_set, stack_reader
+from worker.evidence import of_gate, of_stack
 from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word, record_of
 from worker.knobs import conditions
 from worker.reporting import Reporter
@@ -256,6 +258,7 @@ class Job:
         As often as the set moves meanwhile: that others are busy is no reason to fail anyone. ``tries``: those before
         this one. Raises ChecksFailed, JobFailed, LeaseLost, Stopped.
         """
+        found: Found | None = None
         while not self.should_stop():
             stack = self.read_stack()
             gate, canaries = None, list[str]()
@@ -267,11 +270,13 @@ class Job:
                     report: CheckReport | RoutedReport = check_stack(
                         self.context.llm, self.settings, prompts, forget, retain, earlier
                     )
+                    look = partial(of_stack, self.context, forget=forget, retain=retain, prompts=prompts)
                 else:
                     fit, report = fit_and_check(
                         self.context.llm, self.settings, self.context.vault, around, stack.routes, result.prompt
                     )
                     gate = trained_gate(fit)
+                    look = partial(of_gate, self.context, around=around, fit=fit, prompt=result.prompt)
             except TextTooLong as error:  # behind a stack that grew during the training
                 raise JobFailed("text-too-long", str(error)) from None
             metrics = {
@@ -287,9 +292,13 @@ class Job:
             }
             if not report.passed:
                 raise ChecksFailed("; ".join(report.violations), metrics)
+            if self.settings.evidence_texts:
+                if found is None or gate is None:  # of a gate only once: whatever else is in force, it is the same
+                    with span("letheon.evidence"):
+                        found = look(self.commit(active_set.forgotten_digests))
+                metrics |= found.figures
             if self.needs_approval:
-                digest = result.prompt.digest
-                self.commit(partial(approval.await_approval, claim=self.claim, metrics=metrics, prompt_digest=digest))
+                self.commit(partial(self.await_approval, digest=result.prompt.digest, metrics=metrics, found=found))
                 return "awaiting approval"
             if gate is None:
                 canaries = make_canaries(
@@ -300,12 +309,17 @@ class Job:
                     seed=self.settings.seed,
                 )
             try:
-                self.activate(result.prompt, gate, canaries, metrics, stack.view.version)
+                self.activate(result.prompt, gate, canaries, metrics, stack.view.version, found)
             except StaleActiveSet:
                 log.info("%s: the active set moved during the checks; checking again", self.claim.request_id)
                 continue
             return "active"
         raise Stopped
+
+    def await_approval(self, session: Session, digest: str, metrics: dict[str, Any], found: Found | None) -> None:
+        request = lifecycle.hold(session, self.claim)
+        evidence.save(session, self.context.vault, request.id, request.wrapped_key, found)
+        approval.await_approval(session, self.claim, metrics=metrics, prompt_digest=digest)
 
     def earlier_canaries(self, stack: Stack) -> list[list[str]]:
         try:
@@ -320,9 +334,10 @@ class Job:
         canaries: Sequence[str],
         metrics: dict[str, Any],
         version: int,
+        found: Found | None,
     ) -> None:
-        self.commit(
-            lambda session: active_set.activate(
+        def put_in_force(session: Session) -> None:
+            row = active_set.activate(
                 session,
                 self.context.vault,
                 self.claim,
@@ -335,9 +350,10 @@ class Job:
                 expected_version=version,
                 gate=gate,
                 canaries=canaries,
-            ),
-            at="activate",
-        )
+            )
+            evidence.save(session, self.context.vault, self.claim.request_id, row.wrapped_key, found)
+
+        self.commit(put_in_force, at="activate")
 
     def read_stack(self) -> Stack:
         """The active set as it is now. Raises JobFailed when it is of another model or mode, SetUnreadable."""

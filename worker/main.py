@@ -20,14 +20,14 @@ from celery import signals
 from sqlalchemy import Engine
 
 from app import active_set, broker, db, failpoints, tracing
-from app.defaults import load_arguments, resolve_retain
+from app.defaults import load_arguments, resolve_held_out, resolve_retain
 from app.errors import LetheonError, ModeMismatch
 from app.reconcile import make_ready
 from app.settings import Settings, get_settings
 from app.tracebacks import where
 from app.vault import Vault
 from models.errors import DatasetError, ModelError
-from models.examples import read_examples
+from models.examples import Example, read_examples
 from models.llm import FrozenLLM
 from worker.chores import end_expired, forget_old_keys, shred_due, sign_audit_log, tell_ended
 from worker.context import Context
@@ -144,17 +144,27 @@ def prepare(settings: Settings) -> Context:
     sessions = db.make_sessions(engine, keep_texts=timedelta(hours=settings.keep_texts_hours))
     make_ready(sessions, vault)
     llm = FrozenLLM.load(**load_arguments(settings))
-    rows = read_examples(resolve_retain(settings), split=settings.retain_split, labels=settings.labels)
-    limit = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
-    # A retain row longer than any text the service takes would only make every step slower, or not fit at all.
-    lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
-    retain = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
-    if not retain:
-        raise DatasetError(f"every row of the retain set is longer than {limit} tokens")
-    if len(retain) < len(rows):
-        log.warning("%d retain rows over %d tokens are left out", len(rows) - len(retain), limit)
+    retain = read_fitting(settings, llm, resolve_retain(settings), "retain")
+    held_out = resolve_held_out(settings) if settings.evidence_texts else None
+    others = read_fitting(settings, llm, held_out, "held-out") if held_out else []
     log.info("model %s on %s, %d retain rows", llm.fingerprint[:12], llm.device, len(retain))
-    return Context(settings=settings, sessions=sessions, vault=vault, llm=llm, retain=retain)
+    return Context(settings=settings, sessions=sessions, vault=vault, llm=llm, retain=retain, held_out=others)
+
+
+def read_fitting(settings: Settings, llm: FrozenLLM, source: str, name: str) -> list[Example]:
+    """Rows no longer than any text the service takes: others would make every step slower, or not fit at all.
+
+    Raises DatasetError, also where none is left.
+    """
+    rows = read_examples(source, split=settings.retain_split, labels=settings.labels)
+    limit = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
+    lengths = [len(row) - len(llm.template.tail_ids) for row in llm.rows([row.text for row in rows])]
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
+    if not fitting:
+        raise DatasetError(f"every row of the {name} set is longer than {limit} tokens")
+    if len(fitting) < len(rows):
+        log.warning("%d %s rows over %d tokens are left out", len(rows) - len(fitting), name, limit)
+    return fitting
 
 
 def check_mode(engine: Engine, settings: Settings) -> None:

@@ -1,0 +1,92 @@
+"""Evidence of a request: a picture and an attack (``models.evidence``), kept sealed, gone with what it is about.
+
+Its points are made from forget texts, so they are personal data too. While the request waits for an approval they are
+sealed under its own key, once it is in force under its prompt's: what shreds the one shreds the other, in backups as
+well. What stays for good are the figures in the request's metrics, which are of all its texts together. Nothing here
+commits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from app.errors import Conflict, KeyDestroyed
+from app.tables import OPEN, Evidence, Prompt, RequestState, UnlearnRequest, utcnow
+from app.vault import Vault
+
+_MEASURES = ("auc", "low", "high")
+_OLDER = "the request has no evidence: LETHEON_EVIDENCE_TEXTS was 0, or the version that trained it made none"
+
+
+@dataclass(frozen=True, repr=False)
+class Found:
+    """What a worker made; ``document`` None: it could not, and ``absent`` is the kind of what went wrong."""
+
+    document: dict[str, Any] | None
+    absent: str | None = None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What of it goes into the request's metrics."""
+        if self.document is None:
+            return {"membership": None}
+        attack = self.document["membership"]
+        before, after = ({name: attack[view][name] for name in _MEASURES} for view in ("base", "served"))
+        counts = {name: attack[name] for name in ("members", "others", "non_members")}
+        return {"membership": {**counts, "before": before, "after": after}}
+
+
+def save(session: Session, vault: Vault, request_id: str, wrapped: bytes | None, found: Found | None) -> None:
+    """Keep it in place of what there was, sealed under ``wrapped``; None: there is none any more. Raises VaultError."""
+    if found is None:
+        drop(session, request_id)
+        return
+    sealed = None
+    if found.document is not None:
+        if wrapped is None:
+            raise KeyDestroyed("the key that the evidence was to be sealed under is destroyed")
+        data = json.dumps(found.document, separators=(",", ":"), allow_nan=False).encode()
+        sealed = vault.seal(wrapped, data, aad=aad(request_id))
+    session.merge(Evidence(request_id=request_id, created_at=utcnow(), sealed=sealed, absent=found.absent))
+
+
+def drop(session: Session, request_id: str) -> None:
+    session.execute(
+        delete(Evidence).where(Evidence.request_id == request_id),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def read(session: Session, vault: Vault, request: UnlearnRequest) -> dict[str, Any]:
+    """The document, with ``request_id`` and ``created_at``. Raises VaultError, and Conflict with ``why`` without one:
+    ``not-yet``, ``ended``, ``shredded``, ``could-not`` or ``not-made``."""
+    row = session.get(Evidence, request.id, populate_existing=True)
+    if row is None:
+        raise _none(RequestState(request.state))
+    if row.sealed is None:
+        raise Conflict(f"the evidence could not be made: {row.absent}", why="could-not", state=request.state)
+    keys = list(session.scalars(select(Prompt.wrapped_key).where(Prompt.request_id == request.id)))
+    try:
+        data = vault.open(keys[0] if keys else request.wrapped_key, row.sealed, aad=aad(request.id))
+    except KeyDestroyed:  # revoked since the row was read, or before the backup that this database comes from
+        raise _none(RequestState.REVOKED) from None
+    return {"request_id": request.id, "created_at": row.created_at, **json.loads(data)}
+
+
+def _none(state: RequestState) -> Conflict:
+    if state in OPEN:
+        return Conflict(f"the request is {state.value}: evidence comes with its checks", why="not-yet", state=state)
+    if state == RequestState.REVOKED:
+        return Conflict("the evidence was shredded with the prompt", why="shredded", state=state)
+    if state in (RequestState.FAILED, RequestState.CANCELLED):
+        return Conflict(f"the request ended as {state.value}: it has no evidence", why="ended", state=state)
+    return Conflict(_OLDER, why="not-made", state=state)
+
+
+def aad(request_id: str) -> str:
+    return f"{request_id}:evidence"
