@@ -55,4 +55,4 @@ serve: venv ## Run API and worker on the embedded defaults
 
 clean: ## Remove caches and the environment; var/ (database, keys, model) stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
-	find app models worker bench tests alembic -name __pycache__ -type d -prune -exec rm -rf {} +
+	find app models worker bench client tests alembic -name __pycache__ -type d -prune -exec rm -rf {} +

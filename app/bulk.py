@@ -7,14 +7,14 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
 from app.bulk_rows import MAX_TEXT_BYTES, Row
-from app.client import ApiError, Unreachable
 from app.errors import InvalidInput
+from letheon_client import ApiError, ForeignAnswer, Unreachable
 
 CONCURRENCY = 4
 """Calls in flight. Two keep the server's model busy; the others cover for one that is slow or waits."""
@@ -29,7 +29,7 @@ _TEXT_FIELD = re.compile(r"texts\[(\d{1,9})\]")
 
 Answer = dict[str, Any]
 """What an output adds to a row: some of ``bulk_rows.ANSWER_FIELDS``."""
-Call = Callable[[Sequence[str]], dict[str, Any]]
+Call = Callable[[Sequence[str]], Mapping[str, Any]]
 """One call to /classify: raises ApiError, Unreachable."""
 
 
@@ -148,7 +148,7 @@ class Asker:
                     parts.append([i for at, i in enumerate(part) if at not in bad])
                 elif size := self._smaller(refusal, len(part)):
                     parts += [part[start : start + size] for start in range(0, len(part), size)]
-                elif refusal.status_code == 413:
+                elif refusal.status == 413:
                     found[part[0]] = _fault(rows[part[0]], "the text is over the server's limit of body bytes")
                 else:
                     raise
@@ -159,13 +159,13 @@ class Asker:
     def _smaller(self, refusal: ApiError, count: int) -> int:
         """How many texts to send at once instead of ``count``; 0 when the refusal is not about that."""
         limits = {error.get("field"): error.get("limit") for error in refusal.errors}
-        if refusal.status_code == 413 and count > 1:
+        if refusal.status == 413 and count > 1:
             limit = limits.get("body")  # a proxy names none
             named = 3 * limit // 4 if isinstance(limit, int) else self.bytes // 2
             self.bytes = max(min(self.bytes, named), 1)
             return (count + 1) // 2
         limit = limits.get("texts")
-        if refusal.status_code == 422 and isinstance(limit, int) and 0 < limit < count:
+        if refusal.status == 422 and isinstance(limit, int) and 0 < limit < count:
             self._pace.limit(limit)
             return limit
         if _too_slow(refusal) and count > 1:
@@ -180,13 +180,13 @@ class Asker:
                 answers = self._once(texts)
             except (ApiError, Unreachable) as error:
                 if _too_slow(error) and len(texts) > 1:
-                    self._wait_is_told(error.detail)
+                    self._wait_is_told(str(error))
                     raise
                 since = since if since is not None else time.monotonic()
                 left = since + self._patience - time.monotonic()
                 if not _may_pass(error) or not left > 0 or self._stop.is_set():
                     raise
-                self._wait_is_told(error.detail)
+                self._wait_is_told(str(error))
                 pause = error.retry_after if isinstance(error, ApiError) and error.retry_after is not None else delay
                 # Calls that were refused together do not come back together.
                 self._stop.wait(min(pause * random.uniform(1.0, 1.25), left))
@@ -285,18 +285,18 @@ def _in_thread(answer: Callable[[list[Row]], list[Answer]], batch: list[Row]) ->
 
 
 def _may_pass(error: ApiError | Unreachable) -> bool:
-    return isinstance(error, Unreachable) or error.status_code in (408, 429) or error.status_code >= 500
+    return isinstance(error, Unreachable) or error.status in (408, 429) or error.status >= 500
 
 
 def _too_slow(error: ApiError | Unreachable) -> bool:
     """Whether fewer texts might have been answered in time. The same ones again are as slow, and start over."""
-    return isinstance(error, ApiError) and (error.problem_code == "deadline-exceeded" or error.status_code == 504)
+    return isinstance(error, ApiError) and (error.code == "deadline-exceeded" or error.status == 504)
 
 
 def _bad_texts(refusal: ApiError, count: int) -> dict[int, str]:
     """Place in the call → what is wrong, of the texts that a 422 names. It names some; others may turn up later."""
     bad: dict[int, str] = {}
-    for error in refusal.errors if refusal.status_code == 422 else ():
+    for error in refusal.errors if refusal.status == 422 else ():
         place = _TEXT_FIELD.fullmatch(str(error.get("field")))
         if place and int(place[1]) < count:
             bad[int(place[1])] = str(error.get("message") or "was refused")
@@ -307,18 +307,18 @@ def _fault(row: Row, why: str | None) -> Answer:
     return {"letheon_error": f"{row.place}: {why}"}
 
 
-def _answers(body: dict[str, Any], count: int, min_version: int) -> list[Answer]:
+def _answers(body: Mapping[str, Any], count: int, min_version: int) -> list[Answer]:
     """Raises ApiError for what is no answer to ``count`` texts, or one by an older active set than was asked for."""
     results, version = body.get("results"), body.get("active_set_version")
     if not isinstance(results, list) or len(results) != count or not isinstance(version, int):
-        raise ApiError("the answer is not Letheon's: is the address right?", status_code=0, problem_code="foreign")
+        raise ForeignAnswer(status=200)
     if version < min_version:
         detail = f"the server answered by active set {version}, --min-version asks for {min_version}"
-        raise ApiError(detail, status_code=503, problem_code="not-ready")
+        raise ApiError(detail, status=503, code="not-ready")
     answers = []
     for result in results:
         if not isinstance(result, dict) or not isinstance(result.get("label"), str):
-            raise ApiError("the answer is not Letheon's: is the address right?", status_code=0, problem_code="foreign")
+            raise ForeignAnswer(status=200)
         answer = {f"letheon_{name}": result[name] for name in ("label", "abstained") if name in result}
         answer |= {f"letheon_{name}": result[name] for name in ("confidence", "scores") if name in result}
         answers.append(answer | {"letheon_active_set_version": version})

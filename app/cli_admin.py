@@ -9,6 +9,8 @@ import typer
 from app.cli_output import CommandGroup, JsonOption, emit, note, print_table
 from app.cli_remote import make_client
 from app.errors import InvalidInput
+from letheon_client import Letheon
+from letheon_client.types import PromptState, RevokeCode
 
 prompts = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Trained soft prompts (admin).")
 active_sets = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Active sets: history and roll-back.")
@@ -16,14 +18,14 @@ active_sets = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Active s
 
 @prompts.command("list")
 def list_prompts(
-    state: Annotated[str | None, typer.Option(help="active, suspended or revoked.")] = None,
+    state: Annotated[PromptState | None, typer.Option()] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
     cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prompts, newest first."""
     with make_client() as client:
-        page = client.prompts(limit=limit, cursor=cursor, state=state)
+        page = client.list_prompts(limit=limit, cursor=cursor, state=state)
     if as_json:
         emit(page)
         return
@@ -40,7 +42,7 @@ def list_prompts(
 def revoke(
     prompt_id: str,
     reason: Annotated[str, typer.Option(help="Why; goes into the record.")],
-    code: Annotated[str, typer.Option(help="withdrawn, mistake, harm, superseded or other.")] = "other",
+    code: Annotated[RevokeCode, typer.Option()] = "other",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +80,7 @@ def list_active_sets(
 ) -> None:
     """The active set in force, first, and those before it."""
     with make_client() as client:
-        page = client.active_sets(limit=limit, before=before)
+        page = client.list_active_sets(limit=limit, before=before)
     if as_json:
         emit(page)
         return
@@ -114,7 +116,14 @@ def rollback(
 ) -> None:
     """Restore the newest version that differs from the one in force. Done twice, it brings back what it took away."""
     with make_client() as client:
-        version = client.earlier_version()
+        version = _earlier_version(client)
     if version is None:
         raise InvalidInput("there is no earlier version that differs from the one in force")
     restore(version, reason=reason, yes=yes, as_json=as_json)
+
+
+def _earlier_version(client: Letheon) -> int | None:
+    """The newest version of the active set that differs from the one in force."""
+    versions = client.iter_active_sets()
+    current = next(versions)["digest"]
+    return next((entry["version"] for entry in versions if entry["digest"] != current), None)

@@ -22,8 +22,8 @@ from app.bulk_output import Syncer, Tally, append, json_line, layout_for, open_o
 from app.bulk_rows import Row, RowFormat
 from app.bulk_source import Source, open_rows
 from app.cli_output import emit, note, stderr
-from app.client import Client
 from app.errors import InvalidInput, LetheonError
+from letheon_client import Letheon, LetheonClientError
 
 TABLE_ROWS = 1000
 """More than this is no table for people; and a document that is made at once does not stay small."""
@@ -61,7 +61,7 @@ def few_texts(file: Path, form: RowFormat | None, text_column: str | None) -> li
 
 
 def classify_file(
-    client: Client,
+    client: Letheon,
     file: Path,
     output: Path,
     options: BulkOptions,
@@ -75,7 +75,7 @@ def classify_file(
 ) -> None:
     """Stream ``file`` to ``output``, or what is left of it.
 
-    Raises LetheonError, and typer.Exit where rows have faults or the run is interrupted.
+    Raises LetheonError, LetheonClientError, and typer.Exit where rows have faults or the run is interrupted.
     """
     to_stdout = str(output) == "-"
     if to_stdout and (as_json or overwrite):
@@ -89,7 +89,7 @@ def classify_file(
             _bar(source.size, shown=not (to_stdout and sys.stdout.isatty())) as bar,
         ):
             asker = Asker(
-                partial(client.classify_call, scores=options.scores, min_version=options.min_version),
+                partial(client.classify, scores=options.scores, min_version=options.min_version),
                 batch=batch,
                 min_version=options.min_version or 0,
                 patience=patience,
@@ -151,7 +151,7 @@ def _into_file(
 
         try:
             run(rows, write)
-        except (LetheonError, KeyboardInterrupt):
+        except (LetheonError, LetheonClientError, KeyboardInterrupt):
             bar.says(f"{output} has {tally.rows:,} rows; the same command again goes on behind them")
             raise
         finally:

@@ -194,7 +194,8 @@ def _broker(settings: Settings) -> tuple[str, str]:
 
 def _server(settings: Settings) -> tuple[str, str]:
     with make_client() as client:
-        return ("ok", f"ready at {client.url}") if client.ready() else ("warn", f"none is ready at {client.url}")
+        where = ", ".join(client.base_urls)
+        return ("ok", f"ready at {where}") if client.ready() else ("warn", f"none is ready at {where}")
 
 
 CHECKS: tuple[tuple[str, Callable[[Settings], tuple[str, str]]], ...] = (

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
 from app.cli_output import emit, note, percent, print_table
-from app.client import Client
+from letheon_client import ForgetText, Letheon, TrainingOptions
+from letheon_client.types import DryRun, ForgetSet
 
 SHOWN = 20  # places of texts in one line
 
 
-def run(client: Client, texts: Sequence[str | dict[str, Any]], options: dict[str, Any], *, as_json: bool) -> None:
+def run(client: Letheon, texts: Sequence[str | ForgetText], options: TrainingOptions, *, as_json: bool) -> None:
     """Raises typer.Exit with status 1 where the request would fail."""
     with client:
         report = client.dry_run(texts, options=options)
@@ -29,9 +29,9 @@ def run(client: Client, texts: Sequence[str | dict[str, Any]], options: dict[str
         raise typer.Exit(1)
 
 
-def rows(report: dict[str, Any]) -> list[tuple[str, object]]:
+def rows(report: DryRun) -> list[tuple[str, object]]:
     """Places count from 1 here."""
-    forget, retain, gate, blast = (report[name] for name in ("forget", "retain", "gate", "blast_radius"))
+    forget, retain, gate, blast = report["forget"], report["retain"], report["gate"], report["blast_radius"]
     found: list[tuple[str, object]] = [
         ("texts", forget["texts"]),
         ("different", forget["different"]),
@@ -73,7 +73,7 @@ def _places(indices: Sequence[int]) -> str:
     return f"{len(indices)}" + (f" (no. {shown}{more})" if indices else "")
 
 
-def _unknown(forget: dict[str, Any]) -> str:
+def _unknown(forget: ForgetSet) -> str:
     places = forget["already_unknown"]
     return (
         "not told without the scope `classify`"

@@ -25,9 +25,9 @@ from rich.progress import (
 from rich.table import Table
 from typer.core import TyperGroup
 
-from app.client import Event
 from app.errors import LetheonError
 from app.pull import Report
+from letheon_client import Event, LetheonClientError, Unauthenticated, Unreachable
 from models.errors import ModelError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -69,6 +69,8 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except LetheonError as error:
             fail(error.detail)
+        except LetheonClientError as error:
+            fail(told(error))
         except ModelError as error:
             fail(str(error))
         except ValidationError as error:  # of the settings; without the value, which may be a secret
@@ -82,6 +84,15 @@ class CommandGroup(TyperGroup):
             if error.filename is None:
                 raise
             fail(f"{error.filename}: {error.strerror}")
+
+
+def told(error: LetheonClientError) -> str:
+    """The error in one line, with what to do about it on a command line."""
+    if isinstance(error, Unauthenticated):
+        return f"{error}; set LETHEON_API_KEY to a key of `letheon keys create`"
+    if isinstance(error, Unreachable) and not error.sent:
+        return f"{error}: start one with `letheon serve`, or set LETHEON_URL to where it runs"
+    return str(error)
 
 
 def fail(message: str) -> None:

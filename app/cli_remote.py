@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -14,10 +14,14 @@ from app import bulk, cli_bulk, cli_dry_run
 from app.bulk_rows import TEXT_FIELDS, RowFormat, is_json_line
 from app.cli_bulk import BulkOptions
 from app.cli_output import CommandGroup, JsonOption, bar, emit, note, percent, print_table, request_bar
-from app.client import CLASSIFY_BATCH, Client
 from app.errors import InvalidInput
 from app.report_schemas import ReportFormat
 from app.settings import get_settings
+from letheon_client import ONCE, ForgetText, InvalidAddress, Letheon, Retry, TrainingOptions
+from letheon_client.types import RequestState, UnlearnRequest
+
+CLASSIFY_BATCH = 64
+_CLASSIFY_RETRY = Retry(first_delay=0.1)  # many texts wait for their turn
 
 requests = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Erasure requests.")
 
@@ -27,14 +31,21 @@ FileOption = Annotated[
 ]
 
 
-def make_client() -> Client:
-    """The client that LETHEON_URL and LETHEON_API_KEY describe. The key is never an option: `ps` would show it."""
+def make_client(retry: Retry = ONCE) -> Letheon:
+    """The client that LETHEON_URL and LETHEON_API_KEY describe. The key is never an option: `ps` would show it.
+
+    A person is told at once what is wrong, and can type the command again. LETHEON_URL may name several replicas,
+    separated by commas.
+    """
     settings = get_settings()
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104
     if ":" in host:
         host = f"[{host}]"
     url = os.environ.get("LETHEON_URL") or f"http://{host}:{settings.port}"
-    return Client(url, os.environ.get("LETHEON_API_KEY"))
+    try:
+        return Letheon(url.split(","), os.environ.get("LETHEON_API_KEY"), retry=retry)
+    except InvalidAddress as error:
+        raise InvalidInput(f"LETHEON_URL: {error}") from None
 
 
 @requests.command("submit")
@@ -69,14 +80,14 @@ def submit(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the server to forget texts. With --wait, exit status 1 unless the request becomes active."""
-    items: list[str | dict[str, Any]] = [*(text or []), *(read_texts(file) if file is not None else [])]
+    items: list[str | ForgetText] = [*(text or []), *(read_texts(file) if file is not None else [])]
     if not items:
         raise InvalidInput("nothing to forget: give --file FILE, --file - (standard input) or --text TEXT")
     if dry_run:
         cli_dry_run.run(make_client(), items, parse_options(option or []), as_json=as_json)
         return
     with make_client() as client:
-        request = client.submit(
+        request: UnlearnRequest = client.submit(
             items,
             reason=reason,
             options=parse_options(option or []),
@@ -97,19 +108,19 @@ def submit(
 
 @requests.command("list")
 def list_requests(
-    state: Annotated[str | None, typer.Option(help="Only requests in this state.")] = None,
+    state: Annotated[RequestState | None, typer.Option(help="Only requests in this state.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
     cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Requests, newest first."""
     with make_client() as client:
-        page = client.list(limit=limit, cursor=cursor, state=state)
+        page = client.list_requests(limit=limit, cursor=cursor, state=state)
     if as_json:
         emit(page)
         return
     rows = [
-        (r["id"], r["state"], r["num_texts"], r["created_at"][:19], (r.get("failure") or {}).get("code"), r["reason"])
+        (r["id"], r["state"], r["num_texts"], r["created_at"][:19], r["failure"] and r["failure"]["code"], r["reason"])
         for r in page["items"]
     ]
     print_table(("id", "state", "texts", "created (UTC)", "failure", "reason"), rows)
@@ -125,7 +136,7 @@ def show(
 ) -> None:
     """State, progress and figures of one request."""
     with make_client() as client:
-        request = follow(client, request_id) if wait else client.show(request_id)
+        request = follow(client, request_id) if wait else client.get_request(request_id)
     emit(request) if as_json else print_request(request)
 
 
@@ -139,7 +150,7 @@ def report(
 ) -> None:
     """What was asked, done and measured, in plain words around the signed receipt. There is one once it has ended."""
     with make_client() as client:
-        data = client.report(request_id, report_format)
+        data = client.report_file(request_id, report_format.value)
     if out is None:
         sys.stdout.buffer.write(data)
         return
@@ -253,12 +264,13 @@ def classify(
     items = [*(texts or []), *(cli_bulk.few_texts(file, input_format, text_column) if file is not None else [])]
     if not items:
         raise InvalidInput("nothing to classify: give texts, --file FILE or --file - (standard input)")
-    with make_client() as client, bar() as progress:
+    with make_client(_CLASSIFY_RETRY) as client, bar() as progress:
         task = progress.add_task("classifying", total=len(items), visible=len(items) > 64)
-        answer = client.classify(
+        answer = client.classify_many(
             items,
             scores=scores,
             min_version=min_version,
+            batch=CLASSIFY_BATCH,
             on_done=lambda done: progress.update(task, completed=done),
         )
     if as_json:
@@ -273,7 +285,7 @@ def classify(
     print_table(columns, rows)
 
 
-def follow(client: Client, request_id: str) -> dict[str, Any]:
+def follow(client: Letheon, request_id: str) -> UnlearnRequest:
     """Show a bar until the request is active or has ended; on Ctrl-C, say how to come back to it."""
     try:
         with request_bar() as update:
@@ -283,7 +295,7 @@ def follow(client: Client, request_id: str) -> dict[str, Any]:
         raise typer.Exit(130) from None
 
 
-def read_texts(path: Path) -> list[str | dict[str, Any]]:
+def read_texts(path: Path) -> list[str | ForgetText]:
     """Texts of a file or of standard input: JSONL when the name or the first line says so, else plain lines.
 
     Raises InvalidInput naming the line, never its content.
@@ -299,15 +311,17 @@ def read_texts(path: Path) -> list[str | dict[str, Any]]:
         raise InvalidInput(f"{name} is empty")
     if path.suffix.lower() not in (".jsonl", ".ndjson") and not is_json_line(numbered[0][1]):
         return [line for _, line in numbered]
-    items: list[str | dict[str, Any]] = []
+    items: list[str | ForgetText] = []
     for number, line in numbered:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise InvalidInput(f"{name}, line {number}: not JSON") from None
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            label = row.get("label")
-            items.append({"text": row["text"], **({"label": label} if label is not None else {})})
+            item: ForgetText = {"text": row["text"]}
+            if row.get("label") is not None:
+                item["label"] = row["label"]
+            items.append(item)
         elif isinstance(row, str):
             items.append(row)
         else:
@@ -315,9 +329,9 @@ def read_texts(path: Path) -> list[str | dict[str, Any]]:
     return items
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str]) -> TrainingOptions:
     """``name=value`` pairs; the value is JSON. Raises InvalidInput."""
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         try:
@@ -327,14 +341,14 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             equals = ""
         if not equals or not name:
             raise InvalidInput("--option takes name=number, such as max_steps=200")
-    return options
+    return cast(TrainingOptions, options)  # the server says what is wrong with them
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-def print_request(request: dict[str, Any]) -> None:
+def print_request(request: UnlearnRequest) -> None:
     rows: list[tuple[str, object]] = [
         ("id", request["id"]),
         ("state", request["state"] + (" (cancel requested)" if request["cancel_requested"] else "")),
@@ -358,7 +372,7 @@ def print_request(request: dict[str, Any]) -> None:
     print_table(("", "request"), rows)
 
 
-def _approval(request: dict[str, Any]) -> str:
+def _approval(request: UnlearnRequest) -> str:
     if not request.get("approval_required"):
         return "not needed"
     if request.get("approved_by"):

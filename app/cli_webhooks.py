@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import typer
 
 from app.cli_output import CommandGroup, JsonOption, emit, note, print_table
 from app.cli_remote import make_client
+from letheon_client.types import Delivery, DeliveryPage, DeliveryState, RequestState, WebhookPage
 
 webhooks = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Signed messages about state changes.")
 
@@ -26,7 +27,11 @@ def create(
 ) -> None:
     """Make a webhook. Its signing secret is printed once, on stdout."""
     with make_client() as client:
-        made = client.create_webhook(url, states=state or [], all_requests=all_requests)
+        made = client.create_webhook(
+            url,
+            states=cast(list[RequestState], state or []),  # the server names those that there are
+            all_requests=all_requests,
+        )
     if as_json:
         emit(made)
     else:
@@ -38,7 +43,7 @@ def create(
 def list_webhooks(limit: LimitOption = 50, cursor: CursorOption = None, as_json: JsonOption = False) -> None:
     """Webhooks, newest first, disabled ones included."""
     with make_client() as client:
-        page = client.webhooks(limit=limit, cursor=cursor)
+        page = client.list_webhooks(limit=limit, cursor=cursor)
     if as_json:
         emit(page)
         return
@@ -71,14 +76,14 @@ def disable(webhook_id: str, as_json: JsonOption = False) -> None:
 @webhooks.command("deliveries")
 def deliveries(
     webhook_id: str,
-    state: Annotated[str | None, typer.Option(help="pending, sending, delivered or failed.")] = None,
+    state: Annotated[DeliveryState | None, typer.Option()] = None,
     limit: LimitOption = 50,
     cursor: CursorOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What was sent and how that went, newest first."""
     with make_client() as client:
-        page = client.webhook_deliveries(webhook_id, limit=limit, cursor=cursor, state=state)
+        page = client.list_deliveries(webhook_id, limit=limit, cursor=cursor, state=state)
     if as_json:
         emit(page)
         return
@@ -102,7 +107,7 @@ def ping(webhook_id: str, as_json: JsonOption = False) -> None:
     emit(found) if as_json else _print_deliveries([found])
 
 
-def _print_deliveries(items: list[dict[str, Any]]) -> None:
+def _print_deliveries(items: list[Delivery]) -> None:
     rows = [
         (
             d["id"],
@@ -118,6 +123,6 @@ def _print_deliveries(items: list[dict[str, Any]]) -> None:
     print_table(("id", "type", "state", "attempts", "status", "error", "created (UTC)"), rows)
 
 
-def _more(page: dict[str, Any]) -> None:
+def _more(page: WebhookPage | DeliveryPage) -> None:
     if page["next_cursor"]:
         note(f"more: --cursor {page['next_cursor']}")

@@ -26,11 +26,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.cli_output import bar, request_bar
-from app.client import Client, Event
 from app.defaults import resolve_model
 from app.errors import LetheonError
 from app.pull import reviews_dir
 from app.settings import Settings, get_settings
+from letheon_client import Event, ForgetText, Letheon, LetheonClientError
+from letheon_client.types import UnlearnRequest
 
 PERSON = "Spielberg"
 """Of the people named in the training split, the one with the most sentences (21)."""
@@ -87,7 +88,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run(settings, arguments.person, keep=arguments.keep)
-    except (DemoFailed, LetheonError) as error:
+    except (DemoFailed, LetheonError, LetheonClientError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}")
         return 1
     except KeyboardInterrupt:
@@ -103,7 +104,7 @@ def run(settings: Settings, person: str, *, keep: bool) -> int:
     kept = False
     try:
         server = Server(settings.home, free_port())
-        with Client(server.url, key["key"]) as client:
+        with Letheon(server.url, key["key"]) as client:
             server.wait_until_ready(client)
             revoke_earlier(client)
             console.print(f"\n[bold]Before.[/] The model classifies {sum(len(r) for _, r in groups.items())} texts.")
@@ -190,7 +191,7 @@ class Server:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def wait_until_ready(self, client: Client) -> None:
+    def wait_until_ready(self, client: Letheon) -> None:
         """Raises DemoFailed when the server ends or takes too long."""
         end = time.monotonic() + START_SECONDS
         with console.status(f"Starting the server at {self.url} (its log: {self.log})"):
@@ -232,7 +233,7 @@ def stop_earlier(home: Path) -> None:
     if not note.is_file():
         return
     earlier = json.loads(note.read_text())
-    with Client(earlier["url"], None, timeout=5) as client:
+    with Letheon(earlier["url"], timeout=5) as client:
         # Process ids are used again; only one that still answers at its address is ours to stop.
         if client.ready():
             console.print(f"Stopping the server of an earlier demo at {earlier['url']}")
@@ -243,20 +244,14 @@ def stop_earlier(home: Path) -> None:
     note.unlink()
 
 
-def revoke_earlier(client: Client) -> None:
+def revoke_earlier(client: Letheon) -> None:
     """Take the prompts of earlier demos out of force; other active prompts stay and are reported."""
-    cursor: str | None = None
     others = 0
-    while True:
-        page = client.prompts(limit=200, cursor=cursor, state="active")
-        for prompt in page["items"]:
-            if (client.show(prompt["request_id"])["reason"] or "").startswith(REASON):
-                client.revoke(prompt["id"], reason="a new demo begins")
-            else:
-                others += 1
-        cursor = page["next_cursor"]
-        if cursor is None:
-            break
+    for prompt in list(client.iter_prompts(state="active")):
+        if (client.get_request(prompt["request_id"])["reason"] or "").startswith(REASON):
+            client.revoke(prompt["id"], reason="a new demo begins")
+        else:
+            others += 1
     if others:
         console.print(f"[yellow]Note:[/] {others} active prompt(s) that are not the demo's are in force throughout.")
 
@@ -284,7 +279,7 @@ def free_port() -> int:
 # --- before, request, after ------------------------------------------------------------------------------------------
 
 
-def classify(client: Client, groups: Groups) -> dict[str, list[str]]:
+def classify(client: Letheon, groups: Groups) -> dict[str, list[str]]:
     """Group → answers, through the API."""
     answers = {}
     with bar() as progress:
@@ -295,16 +290,18 @@ def classify(client: Client, groups: Groups) -> dict[str, list[str]]:
             progress.update(task, completed=base + count)
 
         for name, group in groups.items():
-            answer = client.classify(group.texts, on_done=on_done, batch=32)
+            answer = client.classify_many(group.texts, on_done=on_done, batch=32)
             answers[name] = [result["label"] for result in answer["results"]]
             base += len(group)
     return answers
 
 
-def forget(client: Client, group: Rows, reason: str, submitted: float) -> tuple[dict[str, Any], float]:
+def forget(client: Letheon, group: Rows, reason: str, submitted: float) -> tuple[UnlearnRequest, float]:
     """Submit and follow; the ended request and the seconds from ``submitted`` to its last state."""
-    texts = [{"text": text, "label": label} for text, label in zip(group.texts, group.labels, strict=True)]
-    request = client.submit(texts, reason=reason)
+    texts: list[ForgetText] = [
+        {"text": text, "label": label} for text, label in zip(group.texts, group.labels, strict=True)
+    ]
+    request: UnlearnRequest = client.submit(texts, reason=reason)
     ended = submitted
     with request_bar() as show_event:
 
@@ -317,9 +314,9 @@ def forget(client: Client, group: Rows, reason: str, submitted: float) -> tuple[
     return request, ended - submitted
 
 
-def active_tokens(client: Client, request_id: str) -> int:
-    page = client.prompts(limit=200, state="active")
-    return next(int(p["num_virtual_tokens"]) for p in page["items"] if p["request_id"] == request_id)
+def active_tokens(client: Letheon, request_id: str) -> int:
+    prompts = client.iter_prompts(state="active")
+    return next(prompt["num_virtual_tokens"] for prompt in prompts if prompt["request_id"] == request_id)
 
 
 def figures(groups: Groups, before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, Any]:

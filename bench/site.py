@@ -22,12 +22,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, db, job_queue, keys, lifecycle
 from app.active_set import TrainedGate
-from app.client import Client
 from app.defaults import resolve_model
 from app.lifecycle import ForgetText
 from app.settings import Settings
 from app.vault import KEY_BYTES, Vault
 from bench.demo import free_port
+from letheon_client import Letheon
 from models.gate import GateSpace
 from models.routing import Route
 
@@ -83,7 +83,7 @@ class Site:
     def wait_ready(self, replica: Replica) -> None:
         """Raises SiteFailed."""
         end = time.monotonic() + START_SECONDS
-        with Client(replica.url, self.key, timeout=30) as client:
+        with Letheon(replica.url, self.key, timeout=30) as client:
             while not client.ready():
                 if replica.process.poll() is not None or time.monotonic() > end:
                     last = "\n".join(replica.log.read_text(errors="replace").splitlines()[-15:])

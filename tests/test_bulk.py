@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from app.bulk import Answer, Asker, Call, Stopped, classify_rows, until_fault
 from app.bulk_rows import Row
-from app.client import ApiError, Unreachable
 from app.errors import InvalidInput
+from letheon_client import ApiError, Unreachable
 
 MARKER = "Zyxomma Quillfeather"
 
@@ -32,7 +32,7 @@ def body(texts: Sequence[str], version: int = 1) -> dict[str, Any]:
 
 
 def problem(status: int, *errors: dict[str, Any], code: str = "x", retry_after: float | None = None) -> ApiError:
-    return ApiError("refused", status_code=status, problem_code=code, errors=errors, retry_after=retry_after)
+    return ApiError("refused", status=status, code=code, errors=errors, retry_after=retry_after)
 
 
 SLOW = [problem(503, code="deadline-exceeded"), problem(504)]  # the server's, and that of a proxy before it
@@ -145,7 +145,12 @@ def test_the_input_is_read_no_further_than_the_window() -> None:
 
 
 def test_waiting_is_told_and_retry_after_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: list[Exception] = [problem(503, retry_after=0.4), Unreachable("gone"), problem(502), problem(429)]
+    failures: list[Exception] = [
+        problem(503, retry_after=0.4),
+        Unreachable("gone", sent=False),
+        problem(502),
+        problem(429),
+    ]
     times: list[float] = []
     told: list[str | None] = []
 
@@ -157,7 +162,7 @@ def test_waiting_is_told_and_retry_after_is_kept(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("app.bulk._FIRST_DELAY", 0.01)
     assert answers(call, ["a"], on_wait=told.append)[0]["letheon_label"] == "a"
-    assert told == ["refused", "gone", "refused", "refused", None]
+    assert told == ["x (503): refused", "gone", "x (502): refused", "x (429): refused", None]
     assert times[1] - times[0] >= 0.4
     assert len(times) == 5
 
@@ -184,7 +189,7 @@ def test_a_call_that_gets_no_answer_in_time_is_made_smaller(
     refused = [size for size in halves if size > fast_enough_for]
     assert sizes[: len(refused)] == refused, "halved, and each size is tried once"
     assert set(sizes[len(refused) :]) <= set(range(1, halves[len(refused)] + 1))
-    assert told == ["refused"] * len(refused) + [None]
+    assert told == [str(refusal)] * len(refused) + [None]
 
 
 def test_a_single_text_that_is_too_slow_is_asked_by_fewer_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +281,7 @@ def test_leaving_ends_what_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -
     assert ended[2:] == []
 
 
-@pytest.mark.parametrize("error", [problem(503, retry_after=60.0), Unreachable("gone"), problem(500)])
+@pytest.mark.parametrize("error", [problem(503, retry_after=60.0), Unreachable("gone", sent=False), problem(500)])
 def test_patience_ends(error: Exception) -> None:
     calls = count()
 
@@ -303,7 +308,7 @@ def test_what_waiting_cannot_mend_stops_at_once_behind_the_answers_before_it(sta
     with pytest.raises(ApiError) as refused:
         for batch in classify_rows(rows_of(["a", "b", "c", "stop", "d", "e"]), asker, window=4):
             done += [answer for _, answer in batch]
-    assert refused.value.status_code == status
+    assert refused.value.status == status
     assert [answer["letheon_label"] for answer in done] == ["a", "b", "c"]
 
 

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from typer.testing import CliRunner
 
 from app import cli, db, keys
 from app.cli_remote import parse_options, read_texts
-from app.client import ApiError, Client, Event, Unreachable
 from app.errors import InvalidInput
 from app.settings import Mode, get_settings
+from letheon_client import Letheon, Unauthenticated
 
 
 def run(*arguments: str, given: str | None = None) -> Result:
@@ -110,9 +109,8 @@ def test_waiting_ends_with_the_request_and_its_state_is_the_exit_status(live: Li
     request_id = document(run("requests", "submit", "--text", MARKER, "--json"))["id"]
     canceller = threading.Timer(1.0, lambda: run("requests", "cancel", request_id))
     canceller.start()
-    with Client(live.url, None) as anonymous, pytest.raises(ApiError) as refused:
+    with Letheon(live.url) as anonymous, pytest.raises(Unauthenticated):
         anonymous.wait(request_id)
-    assert refused.value.status_code == 401
     shown = document(run("requests", "show", request_id, "--wait", "--json"))
     canceller.join()
     assert shown["state"] == "cancelled"
@@ -140,9 +138,9 @@ def test_classify(live: Live, tmp_path: Path) -> None:
 def test_classify_splits_many_texts_into_calls_the_server_takes(live: Live) -> None:
     texts = [f"film number {i}" for i in range(11)]  # this server takes 4 at a time
     done: list[int] = []
-    with Client(live.url, os.environ["LETHEON_API_KEY"]) as client:
-        answer = client.classify(texts, batch=4, on_done=done.append)
-        one_by_one = [client.classify([text])["results"][0] for text in texts]
+    with Letheon(live.url, os.environ["LETHEON_API_KEY"]) as client:
+        answer = client.classify_many(texts, batch=4, on_done=done.append)
+        one_by_one = [client.classify(text)["results"][0] for text in texts]
     assert done == [4, 8, 11]
     assert [r["label"] for r in answer["results"]] == [r["label"] for r in one_by_one]
 
@@ -258,72 +256,11 @@ def test_a_first_line_that_is_json_makes_it_jsonl(tmp_path: Path) -> None:
             read_texts(path)
 
 
-def test_addresses_that_are_none() -> None:
-    for url in ("http://[::1", "http://127.0.0.1:abc", "ftp://a", "http://"):
-        with pytest.raises(InvalidInput, match="LETHEON_URL"):
-            Client(url, None)
-
-
 def test_options() -> None:
     assert parse_options(["max_steps=3", "alpha=0.5"]) == {"max_steps": 3, "alpha": 0.5}
     for wrong in ("max_steps", "=3", "max_steps=three", "max_steps=NaN", "alpha=Infinity", "alpha=1e999"):
         with pytest.raises(InvalidInput):
             parse_options([wrong])
-
-
-# --- following a request across broken connections -------------------------------------------------------------------
-
-
-class Breaking(BaseHTTPRequestHandler):
-    """Speaks just enough of the API to break: two streams that end in the middle, a 503, then the rest."""
-
-    steps: list[int]  # the event of each stream to come; 0 answers 503
-    asked: list[str | None]  # Last-Event-ID of each stream
-
-    def do_GET(self) -> None:
-        if not self.path.endswith("/events"):
-            state = "training" if self.steps else "active"
-            return self.answer(200, "application/json", json.dumps({"id": "req_1", "state": state}).encode())
-        self.asked.append(self.headers.get("Last-Event-ID"))
-        number = self.steps.pop(0)
-        if number == 0:
-            return self.answer(503, "text/plain", b"restarting")
-        event = f"id: {number}\nevent: progress\ndata: {json.dumps({'step': number})}\n\n".encode()
-        return self.answer(200, "text/event-stream", event, missing=100 if self.steps else 0)
-
-    def answer(self, status: int, kind: str, body: bytes, missing: int = 0) -> None:
-        """``missing`` bytes are promised and not sent: the connection breaks."""
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body) + missing))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
-
-
-def test_wait_resumes_behind_the_last_event() -> None:
-    Breaking.steps, Breaking.asked = [1, 2, 0, 3], []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Breaking)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    events: list[Event] = []
-    try:
-        with Client(f"http://127.0.0.1:{server.server_port}", "key") as client:
-            request = client.wait("req_1", events.append)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    assert request["state"] == "active"
-    assert Breaking.asked == [None, "1", "2", "2"]
-    assert [event.id for event in events] == ["1", "2", "3"]
-
-
-def test_wait_gives_up_on_a_server_that_stays_away() -> None:
-    with Client("http://127.0.0.1:9", "key") as client, pytest.raises(Unreachable):
-        client.wait("req_1", give_up_seconds=0.6)
 
 
 # --- webhooks --------------------------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ from api_kit import MARKER, add_prompt, listening, new_key, soft_prompt, wait_un
 from click.testing import Result
 from fastapi import FastAPI
 from typer.testing import CliRunner
+from worker_kit import PYTHONPATH
 
 from app import cli
-from app.client import Client
 from app.settings import Mode, get_settings
+from letheon_client import Letheon
 
-ROOT = Path(__file__).resolve().parent.parent
 LETHEON = [sys.executable, "-m", "app.cli"]
 
 
@@ -40,7 +40,7 @@ def classify(*arguments: str | Path, given: str | bytes | None = None) -> Result
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    return os.environ | {"PYTHONPATH": PYTHONPATH}
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
@@ -136,7 +136,7 @@ def test_every_row_comes_out_with_its_answer(live: Live, tmp_path: Path) -> None
     assert (result.stdout, result.stderr) == ("", f"150 rows in {out}; active set 0\n")
     found = records(out)
     assert [row["id"] for row in found] == list(range(150))
-    with Client(live.url, os.environ["LETHEON_API_KEY"]) as client:
+    with Letheon(live.url, os.environ["LETHEON_API_KEY"]) as client:
         for row in found[::15]:
             (expected,) = client.classify([row["text"]])["results"]
             assert (row["letheon_label"], row["letheon_abstained"]) == (expected["label"], expected["abstained"])

@@ -18,8 +18,8 @@ from tiny_models import make_tiny_model
 from worker_kit import MARKER, Process, Site, wait_for, write_retain
 
 from app import keys
-from app.client import Client
 from app.supervise import WorkerSupervisor
+from letheon_client import Letheon
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def serve(site: Site, *options: str) -> tuple[Process, str]:
         return found[1] if found else None
 
     url = wait_for(address, "the address")
-    with Client(url, None) as client:
+    with Letheon(url) as client:
         wait_for(client.ready, "readiness")
     return process, url
 
@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_is_started_again(site: Site) -> None:
         return next((pid for pid in children(process.popen.pid) if pid != first), None)
 
     second = wait_for(successor, "another worker")
-    with Client(url, key(site)) as client:
+    with Letheon(url, key(site)) as client:
         request = client.wait(client.submit([f"{MARKER} is bad"])["id"])
     assert request["state"] == "active", request["failure"]
     process.popen.send_signal(signal.SIGINT)
@@ -145,7 +145,7 @@ def test_no_orphan_is_left_when_serve_is_killed(site: Site) -> None:
 def test_without_worker_there_is_none(site: Site) -> None:
     process, url = serve(site, "--no-worker")
     assert children(process.popen.pid) == []
-    with Client(url, key(site)) as client:
+    with Letheon(url, key(site)) as client:
         assert client.submit(["a good film"])["state"] == "pending"
     assert process.terminate(60) == 0
 

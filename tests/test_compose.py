@@ -148,8 +148,9 @@ def test_the_image_does_not_run_as_root() -> None:
 
 def test_the_image_context_holds_what_the_build_copies_and_no_state() -> None:
     kept = [line[1:].rstrip("/") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {name.split(".")[0] for name in packages} | {"alembic", "alembic.ini", "pyproject.toml"} <= set(kept)
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {setup["package-dir"].get(name, name.replace(".", "/")) for name in setup["packages"]}
+    assert {folder.split("/")[0] for folder in folders} | {"alembic", "alembic.ini", "pyproject.toml"} <= set(kept)
     assert not {"var", ".env", ".venv", ".git"} & set(kept)
 
 

@@ -20,7 +20,7 @@ import yaml
 from api_kit import make_settings, tiny_llm
 from databases import database_kinds, fresh_database
 from manifests import FOLDER, VERSIONS, Manifest, check, containers, documents, find, manifests, pods
-from worker_kit import ROOT
+from worker_kit import PYTHONPATH, ROOT
 
 from app import db
 from app.cli import app as cli
@@ -256,7 +256,7 @@ def init_command(pod: str, name: str) -> list[str]:
 def init_environment(own: dict[str, str]) -> dict[str, str]:
     """A `letheon` and a `python` that are this environment's come first on the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {"PATH": path, "PYTHONPATH": str(ROOT), **own}
+    return {"PATH": path, "PYTHONPATH": PYTHONPATH, **own}
 
 
 def run_init(

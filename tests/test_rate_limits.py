@@ -13,7 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app import keys
-from app.client import ApiError, Client
 from app.errors import InvalidInput, RateLimited
 from app.rate_limits import RateLimits
 from app.settings import Settings
@@ -201,19 +200,3 @@ def test_nobody_uses_up_what_anothers_key_may_ask(tmp_path: Path) -> None:
         generous = with_own(api, {"rate_per_minute": 0}, "requests")
         for _ in range(3):
             assert api.client.get("/unlearn-requests", headers=generous).status_code == 200
-
-
-def test_the_client_waits_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr("app.client.time.sleep", slept.append)
-    answers = [ApiError("x", status_code=429, problem_code="rate-limited", retry_after=7.0)]
-    client = Client("http://127.0.0.1:1", None)
-
-    def call(method: str, path: str, **rest: Any) -> dict[str, Any]:
-        if answers:
-            raise answers.pop()
-        return {"results": [{"label": "positive"}], "active_set_version": 0}
-
-    monkeypatch.setattr(client, "_call", call)
-    assert client.classify(["good"])["results"] == [{"label": "positive"}]
-    assert slept == [7.0]

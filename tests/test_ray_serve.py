@@ -27,7 +27,7 @@ from api_kit import MASTER_KEY, add_prompt, make_gate, new_key, running, soft_pr
 from databases import database_kinds, fresh_database
 from test_processes import free_port
 from tiny_models import make_tiny_model
-from worker_kit import ROOT, Process, wait_for
+from worker_kit import PYTHONPATH, ROOT, Process, wait_for
 
 from app.vault import Vault
 
@@ -101,7 +101,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             "LETHEON_MAX_BODY_BYTES": "20000",
             "LETHEON_RAY_MIN_REPLICAS": "2",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
         }
         log = folder / "ray.log"
         with log.open("wb") as out:

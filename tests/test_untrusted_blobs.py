@@ -208,7 +208,8 @@ def test_an_altered_prompt_is_a_503(tmp_path: Path) -> None:
 
 
 def python_files() -> list[Path]:
-    return [path for top in ("app", "bench", "deploy", "models", "worker") for path in (REPOSITORY / top).rglob("*.py")]
+    tops = ("app", "bench", "client", "deploy", "models", "worker")
+    return [path for top in tops for path in (REPOSITORY / top).rglob("*.py")]
 
 
 def test_no_call_trusts_code_that_comes_with_a_model() -> None:

@@ -25,6 +25,8 @@ from app.tables import LIVE, Checkpoint, Prompt, RequestEvent, UnlearnRequest
 from app.vault import Vault
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "client")])
+"""This working tree's packages, whatever is installed."""
 MARKER = "Zyxomma Quillfeather"
 """In every forget text of these tests, and nowhere else."""
 
@@ -109,7 +111,7 @@ class Site:
     def environment(self, **knobs: Any) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LETHEON_", "DATABASE_URL", "BROKER_URL"))}
         env |= {f"LETHEON_{k.upper()}": str(v) for k, v in {**self.knobs, **knobs, "home": self.home}.items()}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
         return env
 
     def start(self, *command: str, **knobs: Any) -> Process:
