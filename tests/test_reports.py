@@ -317,7 +317,7 @@ def test_the_curve_is_of_the_last_try(site: tuple[Sessions, Vault]) -> None:
 # --- words from outside --------------------------------------------------------------------------------------------
 
 
-HOSTILE = "</style></script><img src=x onerror=alert(1)>\"'&{{7*7}}{% raw %}\x1b"
+HOSTILE = "</style></script><img src=x onerror=alert(1)>\"'&{{7777*7777}}{% raw %}\x1b"
 
 
 def test_words_from_outside_are_escaped(filed: Filed) -> None:
@@ -333,12 +333,8 @@ def test_words_from_outside_are_escaped(filed: Filed) -> None:
     made = report.describe(signed, curve=body["curve"], warnings=[HOSTILE])
     data = report_page.render(made)
     page = Page(data)
-    assert (
-        not {tag for tag, _ in page.tags} & {"script", "img"}
-        and b"<img" not in data
-        and b"49" not in data.split(b"</style>")[0]
-    )
-    assert "onerror=alert(1)" in page.seen and "{{7*7}}" in page.seen
+    assert not {tag for tag, _ in page.tags} & {"script", "img"} and b"<img" not in data and b"60481729" not in data
+    assert "onerror=alert(1)" in page.seen and "{{7777*7777}}" in page.seen
     assert [attrs for _, attrs in page.tags if "onerror" in attrs] == []
     assert report_pdf.render(made).startswith(b"%PDF")
 
