@@ -309,7 +309,7 @@ class Job:
                     seed=self.settings.seed,
                 )
             try:
-                self.activate(result.prompt, gate, canaries, metrics, stack.view.version, found)
+                self.activate(result.prompt, gate, canaries, found, metrics, stack.view.version)
             except StaleActiveSet:
                 log.info("%s: the active set moved during the checks; checking again", self.claim.request_id)
                 continue
@@ -332,9 +332,9 @@ class Job:
         prompt: SoftPrompt,
         gate: TrainedGate | None,
         canaries: Sequence[str],
+        found: Found | None,
         metrics: dict[str, Any],
         version: int,
-        found: Found | None,
     ) -> None:
         def put_in_force(session: Session) -> None:
             row = active_set.activate(
