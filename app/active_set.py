@@ -113,6 +113,12 @@ def read_prompts(session: Session, ids: Sequence[str]) -> list[Prompt]:
     return [row for chunk in chunks for row in session.scalars(query.where(Prompt.id.in_(chunk)))]
 
 
+def read_records(session: Session, ids: Sequence[str]) -> list[Prompt]:
+    """The same without the sealed bytes."""
+    query = select(Prompt).where(Prompt.id.in_(ids)).options(*set_history.RECORD_ONLY)
+    return list(session.scalars(query)) if ids else []
+
+
 def active_prompts(session: Session) -> list[Prompt]:
     """The prompts in force, in order of activation."""
     return list(session.scalars(select(Prompt).where(Prompt.state == PromptState.ACTIVE).order_by(Prompt.position)))

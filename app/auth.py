@@ -17,6 +17,7 @@ from starlette.types import Scope
 from app import keys
 from app.deps import Service, ServiceDep
 from app.errors import Unauthenticated
+from app.tables import ApiKey
 
 _bearer = HTTPBearer(
     auto_error=False, scheme_name="apiKey", description="An API key, `lth_…`. Each operation names the scope it needs."
@@ -62,6 +63,12 @@ def presented_key(credentials: HTTPAuthorizationCredentials | None) -> str:
     return credentials.credentials
 
 
+def known_caller(scope: Scope) -> Caller | None:
+    """Who this request was found to come from, before its body was read."""
+    caller: Caller | None = scope.get(_CALLER)
+    return caller
+
+
 def admit(scope: Scope) -> None:
     """Before a body is read, whoever sends it: the key in the headers, for ``authorize``.
 
@@ -75,7 +82,12 @@ def admit(scope: Scope) -> None:
 def _caller(service: Service, presented: str, scope: Scope) -> Caller:
     with service.sessions() as session:
         key = keys.authenticate(session, presented)
-        caller = Caller(key.id, frozenset(key.scopes), key.limits or {})
+    return admitted(service, key, scope)
+
+
+def admitted(service: Service, key: ApiKey, scope: Scope) -> Caller:
+    """The caller of this request, by a key that is in force; counts the call. Raises RateLimited."""
+    caller = Caller(key.id, frozenset(key.scopes), key.limits or {})
     service.key_uses.note(caller.key_id)
     # Only once the key is known to be good: nobody else may use up what it is allowed.
     if scope["path"].removeprefix(scope.get("root_path", "")) != UNCOUNTED:
@@ -94,7 +106,7 @@ async def authorize(
 
     FastAPI adds up the scopes of nested dependencies: a dependency that asks for this one must not name more of them.
     """
-    caller: Caller | None = request.scope.get(_CALLER)
+    caller = known_caller(request.scope)
     if caller is None:
         caller = await run_in_threadpool(_caller, service, presented_key(credentials), request.scope)
     caller.require_any(any_of.scopes)

@@ -89,6 +89,14 @@ def authenticate(session: Session, presented: str, *, now: datetime | None = Non
     return key
 
 
+def in_force(session: Session, key_id: str, *, now: datetime | None = None) -> ApiKey:
+    """A key that was authenticated before, by its id. Raises Unauthenticated once it is revoked or expired."""
+    key = session.get(ApiKey, key_id, populate_existing=True)
+    if key is None or key.revoked_at is not None or has_expired(key, now or utcnow()):
+        raise Unauthenticated("the API key is expired or revoked")
+    return key
+
+
 def has_expired(key: ApiKey, now: datetime) -> bool:
     return key.expires_at is not None and key.expires_at <= now
 

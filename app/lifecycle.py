@@ -146,11 +146,17 @@ def get_request(session: Session, request_id: str, *, owner: str | None = None) 
 
 
 def list_requests(
-    session: Session, *, limit: int, cursor: str | None = None, state: str | None = None, owner: str | None = None
+    session: Session,
+    *,
+    limit: int,
+    cursor: str | None = None,
+    state: str | None = None,
+    states: Sequence[RequestState] = (),
+    owner: str | None = None,
 ) -> tuple[list[UnlearnRequest], str | None]:
     """One page, newest first, and the cursor of the next; with ``owner``, of what this API key asked for.
 
-    Raises InvalidInput for an unknown state or cursor.
+    ``states``: any of these. Raises InvalidInput for an unknown state or cursor.
     """
     query = select(UnlearnRequest).order_by(UnlearnRequest.id.desc()).limit(limit + 1)
     if owner is not None:
@@ -159,6 +165,8 @@ def list_requests(
         if state not in list(RequestState):
             raise InvalidInput("state is not one of " + ", ".join(RequestState), field="state")
         query = query.where(UnlearnRequest.state == state)
+    if states:
+        query = query.where(UnlearnRequest.state.in_(states))
     if cursor is not None:
         check_cursor(cursor, "req_")
         query = query.where(UnlearnRequest.id < cursor)

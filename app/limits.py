@@ -31,14 +31,20 @@ def check_texts(
     serving: Serving, texts: Sequence[tuple[str, str]], *, labels: Sequence[tuple[str, str | None]] = ()
 ) -> None:
     """Raises InvalidInput naming every (field, text) over the token limit and every label that is not one."""
+    _refuse(text_errors(serving, texts, labels=labels))
+
+
+def text_errors(
+    serving: Serving, texts: Sequence[tuple[str, str]], *, labels: Sequence[tuple[str, str | None]] = ()
+) -> list[dict[str, Any]]:
+    """What ``check_texts`` would name: field, message and, if it is one, the limit."""
     _, errors = _encode(serving, texts)
     allowed = ", ".join(serving.labels)
-    errors += [
+    return errors + [
         {"field": field, "message": f"must be one of {allowed}"}
         for field, label in labels
         if label is not None and label not in serving.labels
     ]
-    _refuse(errors)
 
 
 def encode_texts(serving: Serving, texts: Sequence[tuple[str, str]]) -> list[Encoded]:

@@ -15,10 +15,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
-from app import db, document, failpoints, problems, tracing
-from app.auth import admit, create_first_key, describe_scopes
+from app import console, db, document, failpoints, problems, tracing
+from app.auth import create_first_key, describe_scopes
 from app.broker import make_celery
 from app.defaults import load_arguments
 from app.deps import Service
@@ -123,10 +123,11 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     )
     app.settings = settings
     problems.install(app)
+    app.state.problem_page = console.problem_page
     app.add_exception_handler(ModelError, _model_error)
     app.add_middleware(
         BodyLimit,
-        admit=admit,
+        admit=console.admit,
         max_bytes=settings.max_body_bytes,
         max_held=settings.max_held_body_bytes,
         seconds=settings.body_seconds,
@@ -138,6 +139,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         *(admin, exports, audit, health, metrics, docs),
     ):
         app.include_router(module.router)
+    app.include_router(console.router)
     return app
 
 
@@ -191,7 +193,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     )
 
 
-async def _model_error(request: Request, exc: Exception) -> JSONResponse:
+async def _model_error(request: Request, exc: Exception) -> Response:
     return problems.problem_response(request.scope, ModelFailed(str(exc)))
 
 

@@ -18,6 +18,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from app.recent import Recent
+
 Refusal = Literal["overloaded", "deadline", "not-ready", "disconnected"]
 Outcome = Literal["base", "cleared", "abstained", "certain", "guarded"]
 
@@ -74,6 +76,7 @@ class Metrics:
         # When each series began, once more for every one of them: nothing here reads it.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self.recent = Recent()
         ProcessCollector(registry=self.registry)
         self._http = Histogram(
             "letheon_http_request_duration_seconds",
@@ -160,6 +163,7 @@ class Metrics:
         for name, count in counts.items():
             if count:
                 self._outcomes[name].inc(count)
+        self.recent.add(sum(counts.values()), prompted_abstained + certain + guarded)
 
     def refused(self, reason: Refusal) -> None:
         """A classification that was not answered, and why."""

@@ -95,13 +95,14 @@ class RequestContext:
 class BodyLimit:
     """What a body may cost, whoever sends it.
 
-    None is read for a key that is not in force: ``admit(scope)``, which may wait for the database, says so. Bytes are
-    counted as they arrive, whatever Content-Length says; all of it must be UTF-8, and be there within ``seconds``. All
-    requests in progress together hold ``max_held`` bytes of bodies at most; one alone may always have its own.
+    None is read for a key that is not in force: ``admit(scope)``, which may wait for the database, says so; it may also
+    name a lower limit. Bytes are counted as they arrive, whatever Content-Length says; all of it must be UTF-8, and be
+    there within ``seconds``. All requests in progress together hold ``max_held`` bytes of bodies at most; one alone may
+    always have its own.
     """
 
     def __init__(
-        self, app: ASGIApp, admit: Callable[[Scope], None], max_bytes: int, max_held: int, seconds: float
+        self, app: ASGIApp, admit: Callable[[Scope], int | None], max_bytes: int, max_held: int, seconds: float
     ) -> None:
         self.app, self.admit = app, admit
         self.max_bytes, self.max_held, self.seconds = max_bytes, max_held, seconds
@@ -113,18 +114,19 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self.max_bytes:
-            await problem_response(scope, self._too_large())(scope, receive, send)
+            await problem_response(scope, self._too_large(self.max_bytes))(scope, receive, send)
             return
         received, admitted, arrived = 0, False, False
+        most = self.max_bytes
         deadline = time.monotonic() + self.seconds
         decoder = codecs.getincrementaldecoder("utf-8")()
 
         async def limited() -> Message:
-            nonlocal received, admitted, arrived
+            nonlocal received, admitted, arrived, most
             if arrived:  # what comes now is the client's leaving
                 return await receive()
             if not admitted:
-                await self._admit(scope)
+                most = await self._admit(scope) or self.max_bytes
                 admitted = True
             try:
                 with fail_after(max(0.0, deadline - time.monotonic())):
@@ -136,8 +138,8 @@ class BodyLimit:
                 arrived = not message.get("more_body", False)
                 received += len(chunk)
                 self._held += len(chunk)
-                if received > self.max_bytes:
-                    raise RefusedBody(self._too_large())
+                if received > most:
+                    raise RefusedBody(self._too_large(most))
                 if received < self._held and self._held > self.max_held:
                     raise RefusedBody(Overloaded("the bodies of other requests take all the room", retry_after=1))
                 try:
@@ -152,15 +154,15 @@ class BodyLimit:
         finally:
             self._held -= received
 
-    async def _admit(self, scope: Scope) -> None:
+    async def _admit(self, scope: Scope) -> int | None:
         try:
-            await to_thread.run_sync(self.admit, scope)
+            return await to_thread.run_sync(self.admit, scope)
         except LetheonError as error:
             raise RefusedBody(error) from None
         except db.UNANSWERED:
             raise RefusedBody(Unavailable("the database does not answer")) from None
 
-    def _too_large(self) -> BodyTooLarge:
-        message = f"over the limit of {self.max_bytes} bytes"
-        errors = [{"field": "body", "message": message, "limit": self.max_bytes}]
+    def _too_large(self, most: int) -> BodyTooLarge:
+        message = f"over the limit of {most} bytes"
+        errors = [{"field": "body", "message": message, "limit": most}]
         return BodyTooLarge(f"the body is {message}", errors=errors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -31,6 +31,10 @@ MAX_ERRORS = 20  # a body with thousands of bad texts is told about the first on
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
 _LIMITS = ("le", "lt", "ge", "gt", "max_length", "min_length")
+
+
+AsPage = Callable[[Scope, LetheonError, dict[str, Any], dict[str, str]], Response | None]
+"""``app.state.problem_page``: from scope, error, problem object and headers to a page; None where a program asks."""
 
 
 class UnsupportedMediaType(LetheonError):
@@ -80,8 +84,8 @@ class _Bare(LetheonError):
         self.bare_status, self.bare_code = status, phrase.lower().replace(" ", "-")
 
 
-def problem_response(scope: Scope, error: LetheonError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The problem object of ``error`` for the request in ``scope``."""
+def problem_response(scope: Scope, error: LetheonError, headers: Mapping[str, str] | None = None) -> Response:
+    """The problem object of ``error`` for the request in ``scope``; a page for people where a page was asked for."""
     status, code, title = error.status, error.code, error.title
     if isinstance(error, _Bare):
         status, code, title = error.bare_status, error.bare_code, error.detail
@@ -106,7 +110,9 @@ def problem_response(scope: Scope, error: LetheonError, headers: Mapping[str, st
         "instance": scope["path"],
         "code": code,
     }
-    return JSONResponse(body, status_code=status, headers=sent, media_type=MEDIA_TYPE)
+    as_page: AsPage | None = getattr(scope["app"].state, "problem_page", None)
+    page = as_page(scope, error, body, sent) if as_page is not None else None
+    return page or JSONResponse(body, status_code=status, headers=sent, media_type=MEDIA_TYPE)
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], omitted: int = 0) -> InvalidInput:
@@ -131,7 +137,8 @@ def field_path(loc: Sequence[str | int]) -> str:
     return path or "body"
 
 
-def _from_validation(exc: RequestValidationError) -> LetheonError:
+def validation_problem(exc: RequestValidationError) -> LetheonError:
+    """What is wrong with a body, by the field; never the values."""
     found = exc.errors()
     if found and found[0]["type"] == "json_invalid":
         at = found[0]["loc"][-1]
@@ -160,11 +167,11 @@ def _allowed(app: FastAPI, scope: Scope) -> list[str]:
 def install(app: FastAPI) -> None:
     """Register the handlers. An exception without one ends in ``middleware.RequestContext`` as a bare 500."""
 
-    async def letheon_error(request: Request, exc: Exception) -> JSONResponse:
+    async def letheon_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, LetheonError)
         return problem_response(request.scope, exc)
 
-    async def http_error(request: Request, exc: Exception) -> JSONResponse:
+    async def http_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         if isinstance(exc, RefusedBody):
             # The rest of the body was not read, so the connection cannot be used again.
@@ -176,11 +183,11 @@ def install(app: FastAPI) -> None:
             headers["Allow"] = ", ".join(_allowed(app, request.scope))
         return problem_response(request.scope, _Bare(exc.status_code), headers)
 
-    async def validation_error(request: Request, exc: Exception) -> JSONResponse:
+    async def validation_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
-        return problem_response(request.scope, _from_validation(exc))
+        return problem_response(request.scope, validation_problem(exc))
 
-    async def database_error(request: Request, exc: Exception) -> JSONResponse:
+    async def database_error(request: Request, exc: Exception) -> Response:
         return problem_response(request.scope, Unavailable("the database does not answer"))
 
     app.add_exception_handler(LetheonError, letheon_error)

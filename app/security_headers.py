@@ -11,11 +11,17 @@ DOCS_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """Swagger UI sets styles of its elements. Scripts, and what they may talk to, are this server's alone."""
+CONSOLE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+"""The console's pages: nothing inline, nothing of another host."""
 STRICT_TRANSPORT = "max-age=31536000"
 
 
 class SecurityHeaders:
-    """Pure ASGI, outermost. A route's own Content-Security-Policy stays."""
+    """Pure ASGI, outermost. A route's own Content-Security-Policy and Referrer-Policy stay; so does its Cache-Control
+    where what it sends never changes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -30,8 +36,9 @@ class SecurityHeaders:
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["X-Frame-Options"] = "DENY"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers["Cache-Control"] = "no-store"
+                headers.setdefault("Referrer-Policy", "no-referrer")
+                if "immutable" not in headers.get("Cache-Control", ""):
+                    headers["Cache-Control"] = "no-store"
                 headers.setdefault("Content-Security-Policy", API_POLICY)
                 # uvicorn sets the scheme from X-Forwarded-Proto for proxies that it trusts (FORWARDED_ALLOW_IPS).
                 if scope.get("scheme") == "https":

@@ -119,6 +119,9 @@ class Settings(BaseSettings):
         default=False,
         description="Admins may export prompts in clear. No revoke reaches a copy that is outside.",
     )
+    console_session_hours: float = Field(
+        default=8.0, gt=0, le=168, description="After this long a person logs in to the console again."
+    )
 
     traces: bool = Field(
         default=False, description="OpenTelemetry traces; needs `letheon[otel]`. OTEL_… variables say where they go."

@@ -221,6 +221,11 @@ def test_openapi(tmp_path: Path) -> None:
     }
     assert {name: (method, path) for name, (method, path, _) in operations.items()} == {
         "create_unlearn_request": ("post", "/unlearn-requests"),
+        "get_report": ("get", "/unlearn-requests/{request_id}/report"),
+        "get_evidence": ("get", "/unlearn-requests/{request_id}/evidence"),
+        "get_embedding_picture": ("get", "/unlearn-requests/{request_id}/evidence/embedding.svg"),
+        "get_membership_picture": ("get", "/unlearn-requests/{request_id}/evidence/membership.svg"),
+        "export_prompt": ("get", "/admin/prompts/{prompt_id}/export"),
         "list_unlearn_requests": ("get", "/unlearn-requests"),
         "get_unlearn_request": ("get", "/unlearn-requests/{request_id}"),
         "stream_unlearn_request_events": ("get", "/unlearn-requests/{request_id}/events"),

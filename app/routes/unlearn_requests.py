@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Annotated, Any
 
 import anyio
@@ -13,12 +12,10 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
-from sqlalchemy.orm import Session
 
-from app import idempotency, lifecycle, receipts, terms
+from app import lifecycle, receipts
 from app.audit_schemas import SignedReceipt
 from app.auth import CancellingCaller, ReaderCaller, RequestsCaller
-from app.broker import enqueue_training
 from app.deps import Limit, RequestCursor, RequestId, Service, ServiceDep
 from app.errors import (
     BodyTimeout,
@@ -38,23 +35,20 @@ from app.errors import (
     RateLimited,
     Unauthenticated,
 )
-from app.failpoints import failpoint
 from app.keys import READS_ALL
-from app.lifecycle import ForgetText
-from app.limits import check_count, check_steps, check_texts
 from app.problems import UnsupportedMediaType, problems
-from app.quotas import check_request_quota
 from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
 from app.schemas_dry_run import DryRunOut
 from app.signing import canonical
-from app.tables import LIVE, RequestEvent, RequestState, UnlearnRequest, utcnow
+from app.submission import check_body, rehearse, submit
+from app.tables import LIVE, RequestEvent, RequestState
 
 router = APIRouter(tags=["unlearn requests"], responses=problems(Unauthenticated, Forbidden, InvalidInput, RateLimited))
 
 POLL_SECONDS = 0.5
 EVENT_PAGE = 500
-# An active request has nothing left to report; that it may be revoked later is no progress.
-_GOES_ON = frozenset(LIVE) - {RequestState.ACTIVE}
+GOES_ON = frozenset(LIVE) - {RequestState.ACTIVE}
+"""States of a request that has something left to report; that an active one may be revoked later is no progress."""
 
 
 _TRUE = {"description": "`true`, or absent.", "schema": {"type": "string"}}
@@ -123,80 +117,17 @@ def create_unlearn_request(
     200 with `Letheon-Duplicate: true`: this API key has a live request for the same texts, labels, options, approval
     and expiry, and here it is.
     """
-    check_count("forget_texts", len(body.forget_texts), service.settings.max_forget_texts)
-    check_steps(service.settings, body.options)
-    check_texts(
-        service.serving,
-        [(f"forget_texts[{i}].text", item.text) for i, item in enumerate(body.forget_texts)],
-        labels=[(f"forget_texts[{i}].label", item.label) for i, item in enumerate(body.forget_texts)],
-    )
+    check_body(service, body)
     if dry_run:
-        service.rates.take_texts(caller.key_id, caller.limits, len(body.forget_texts))
-        report = service.dry_runs.report(body, answers=caller.may("classify"))
-        return JSONResponse(report.model_dump(mode="json"))
-    texts = list(dict.fromkeys(ForgetText(item.text, item.label) for item in body.forget_texts))
-    call = None
-    if idempotency_key is not None:
-        call = idempotency.name_call(
-            service.vault, api_key_id=caller.key_id, key=idempotency_key, body=body.model_dump(mode="json")
-        )
-    now = utcnow()
-    with service.sessions.begin() as session:
-        answered = idempotency.first_answer(session, call) if call else None
-        row, duplicate = answered or _find_or_create(session, service, caller.key_id, body, texts, now)
-        if call and answered is None:
-            idempotency.remember(session, call, row, now=now)
-        failpoint("create.before_commit")
-    failpoint("create.after_commit")
-    if answered is None and not duplicate:
-        # Committed. A broker that is down costs seconds, not the request: the worker's reaper rings again.
-        enqueue_training(service.celery, row.id, expires=service.settings.ring_seconds)
-    failpoint("create.rung")
-    response.headers["Location"] = f"/unlearn-requests/{row.id}"
-    if answered is not None:
+        return JSONResponse(rehearse(service, caller, body).model_dump(mode="json"))
+    made = submit(service, caller, body, idempotency_key=idempotency_key)
+    response.headers["Location"] = f"/unlearn-requests/{made.request.id}"
+    if made.replayed:
         response.headers["Idempotency-Replayed"] = "true"
-    if duplicate:
+    if made.duplicate:
         response.status_code = 200
         response.headers["Letheon-Duplicate"] = "true"
-    return row
-
-
-def _find_or_create(
-    session: Session, service: Service, key_id: str, body: UnlearnRequestIn, texts: list[ForgetText], now: datetime
-) -> tuple[UnlearnRequest, bool]:
-    """The request, and whether it was there: this key's live one for the same set.
-
-    Raises QuotaExceeded, InvalidInput.
-    """
-    settings, fingerprint = service.settings, service.serving.llm.fingerprint
-    options = body.options.model_dump(exclude_none=True) if body.options else {}
-    agreed = terms.agree(
-        received_at=body.received_at,
-        expires_at=body.expires_at,
-        approval_required=body.require_approval or settings.require_approval,
-        months=settings.deadline_months,
-        now=now,
-    )
-    digest = idempotency.set_digest(
-        service.vault, api_key_id=key_id, texts=texts, options=options, fingerprint=fingerprint, terms=agreed
-    )
-    live = idempotency.find_live(session, api_key_id=key_id, digest=digest)
-    if live is not None:
-        return live, True
-    check_request_quota(session, key_id, settings, texts=len(texts), now=now)
-    created = lifecycle.create_request(
-        session,
-        service.vault,
-        texts=texts,
-        reason=body.reason,
-        options=options,
-        fingerprint=fingerprint,
-        api_key_id=key_id,
-        terms=agreed,
-        set_digest=digest,
-        now=now,
-    )
-    return created, False
+    return made.request
 
 
 @router.get("/unlearn-requests", response_model=UnlearnRequestPage)
@@ -246,7 +177,7 @@ def cancel_unlearn_request(caller: CancellingCaller, request_id: RequestId, serv
         return lifecycle.request_cancel(session, request_id, actor=caller.key_id, owner=caller.owner("admin"))
 
 
-def _known_request(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> str:
+def known_request(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> str:
     """Checked before the stream starts, since after its first byte no 404 can be sent."""
     with service.sessions() as session:
         return lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL)).id
@@ -254,7 +185,7 @@ def _known_request(caller: ReaderCaller, request_id: RequestId, service: Service
 
 @router.get("/unlearn-requests/{request_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))
 async def stream_unlearn_request_events(
-    request_id: Annotated[str, Depends(_known_request)],
+    request_id: Annotated[str, Depends(known_request)],
     service: ServiceDep,
     last_event_id: Annotated[
         int | None, Header(alias="Last-Event-ID", ge=0, le=2**63 - 1, description="Resume behind this event.")
@@ -266,7 +197,7 @@ async def stream_unlearn_request_events(
     """
     after = last_event_id or 0
     while not service.stopping.is_set():
-        goes_on, events = await run_in_threadpool(_read_events, service, request_id, after)
+        goes_on, events = await run_in_threadpool(read_events, service, request_id, after)
         for event in events:
             after = event.id
             data = {"at": event.at.isoformat(), **event.data}
@@ -279,8 +210,9 @@ async def stream_unlearn_request_events(
             await service.stopping.wait()
 
 
-def _read_events(service: Service, request_id: str, after: int) -> tuple[bool, list[RequestEvent]]:
+def read_events(service: Service, request_id: str, after: int) -> tuple[bool, list[RequestEvent]]:
+    """A page of events, and whether more will come."""
     # The state first: its event is committed with it, so a final state seen here has its event in the list.
     with service.sessions() as session:
-        goes_on = lifecycle.get_request(session, request_id).state in _GOES_ON
+        goes_on = lifecycle.get_request(session, request_id).state in GOES_ON
         return goes_on, lifecycle.list_events(session, request_id, after=after, limit=EVENT_PAGE)

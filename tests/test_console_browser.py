@@ -1,0 +1,214 @@
+"""A newcomer's path through the console, in Chromium, with a real worker behind it; and every page in both colours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+
+import httpx2
+import pytest
+from browser_kit import CHROMIUM, PATIENCE, Watched, new_key, serve, watched
+from playwright.sync_api import Browser, expect, sync_playwright
+from tiny_models import make_tiny_model
+from worker_kit import MARKER, Process, Site, deploy
+
+from app.tables import utcnow
+from models.llm import FrozenLLM
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
+
+FORGET = f"the acting of {MARKER} is great"
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("browser")
+    model = make_tiny_model(folder / "tiny")
+    # Long enough to be watched; what it learns is no matter here.
+    knobs = {"max_steps": 250, "max_text_tokens": 64, "lease_seconds": 60, "first_key": False}
+    # Its gate may claim much: a model that was never trained tells texts apart badly.
+    with deploy(folder / "site", model, max_false_claim_rate=0.3, max_total_claim_rate=1, **knobs) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def worker(site: Site) -> Process:
+    return site.start_worker()
+
+
+@pytest.fixture(scope="module")
+def address(site: Site, worker: Process) -> Iterator[str]:
+    llm = FrozenLLM.load(site.knobs["model"], quantization="none", device="cpu")
+    with serve(site, llm) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def requested(browser: Browser, address: str, site: Site, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The newcomer's request, made, trained, seen and revoked on the way; its id."""
+    person = watched(browser, address, color_scheme="light")
+    page = person.page
+    person.log_in(new_key(site))
+    expect(page.get_by_text("Answering.")).to_be_visible()
+    page.get_by_role("link", name="Ask to forget something").click()
+
+    # An upload with one bad row.
+    words = ("great", "awful", "quite good", "very bad", "slow", "bright")
+    rows = [
+        {"text": f"the acting of {MARKER} is {word}", "label": ("positive", "negative")[i % 2]}
+        for i, word in enumerate(words)
+    ]
+    rows[3]["label"] = "dreadful"
+    file = tmp_path_factory.mktemp("upload") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.get_by_label("Or choose a file").set_input_files(file)
+    page.get_by_label("Reason or reference").fill("Erasure request 2026-118")
+    page.get_by_role("button", name="Send the request").click()
+    expect(page.get_by_role("alert")).to_contain_text("1 row needs mending. The other 5 are kept.")
+    expect(page.get_by_role("row", name="line 4 label")).to_contain_text("must be one of negative, positive")
+    person.check("mending")
+    page.get_by_label("Label of line 4").select_option("negative")
+    page.get_by_role("button", name="Send the request").click()
+
+    # Watched live, and nothing moves.
+    expect(page.get_by_role("heading", name="6 texts to forget")).to_be_visible()
+    expect(page.locator("#live .progress-line")).to_contain_text("Step ")
+    person.check("training")
+    expect(page.locator("#state .chip")).to_have_text("In force")
+    expect(page.locator("#results")).to_contain_text("are answered “unknown”")
+    assert person.shifted < 0.01
+    expect(page.get_by_text("destroyed, key and all")).to_be_visible()
+    request_id = page.url.partition("requests/")[2].partition("?")[0]
+    person.check("request")
+
+    # Before and after, side by side.
+    answer(person, FORGET, "unknown")
+    person.check("playground")
+
+    # Revoked, and restored.
+    person.open(f"/console/requests/{request_id}")
+    page.get_by_text("Revoke", exact=True).click()
+    page.get_by_label("Why").select_option("withdrawn")
+    page.get_by_label("In words").fill("The person changed her mind")
+    page.get_by_role("button", name="Revoke, and bring the old answers back").click()
+    expect(page.get_by_role("status").first).to_contain_text("The old answers are back")
+    expect(page.locator("#state .chip")).to_have_text("Revoked")
+    person.check("revoked")
+    answer(person, FORGET, "as before")
+    person.assert_clean()
+    return request_id
+
+
+def answer(person: Watched, text: str, wanted: str) -> None:
+    person.open("/console/playground")
+    person.page.get_by_label("Texts, one a line").fill(f"{text}\nthe plot is good")
+    person.page.get_by_role("button", name="Show the answers").click()
+    first = person.page.locator("article").first
+    served, bare = (first.locator(".label").nth(i).inner_text() for i in range(2))
+    assert (served == "unknown") is (wanted == "unknown")
+    assert bare != "unknown" and (wanted == "unknown" or served == bare)
+
+
+@pytest.fixture(scope="module")
+def busy(address: str, site: Site, worker: Process, requested: str) -> str:
+    """The newcomer's request among others, with nobody left to train them, and some traffic."""
+    worker.terminate(120)
+    headers = {"Authorization": f"Bearer {new_key(site)}"}
+    with httpx2.Client(base_url=address, headers=headers, trust_env=False, timeout=120) as client:
+        for i, days in enumerate((40, 29, 12, 3)):
+            received = (utcnow() - timedelta(days=days)).isoformat()
+            body = {
+                "forget_texts": [f"the plot of {MARKER} {i} {n}" for n in range(3 * i + 2)],
+                "received_at": received,
+            }
+            made = client.post("/unlearn-requests", json={**body, "reason": f"Erasure request 2026-{119 + i}"})
+            assert made.status_code == 202, made.text
+        assert client.post(f"/unlearn-requests/{made.json()['id']}/cancel").status_code == 200
+        assert client.post("/classify", json={"texts": ["a good film"] * 40}).status_code == 200
+    return requested
+
+
+def test_a_newcomers_path(requested: str) -> None:
+    assert requested.startswith("req_")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_in_both_colours(browser: Browser, address: str, site: Site, busy: str, scheme: str) -> None:
+    person = watched(browser, address, color_scheme=scheme)
+    person.open("/console/login")
+    person.check(f"login-{scheme}", picture=False)
+    person.log_in(new_key(site))
+    pages = {
+        "overview": "/",
+        "requests": "/console/requests",
+        "new": "/console/requests/new",
+        "request": f"/console/requests/{busy}",
+        "prompts": "/console/prompts",
+        "evidence": "/console/evidence?verify=true",
+        "playground": "/console/playground",
+        "error": "/console/nothing",
+    }
+    for name, path in pages.items():
+        person.open(path)
+        person.page.wait_for_load_state("load")
+        person.check(f"{name}-{scheme}", picture=name not in ("error", "playground"))
+        assert person.shifted < 0.01, name
+    person.errors = [error for error in person.errors if "404" not in error]  # the page that is none says so
+    person.assert_clean()
+
+
+def test_by_keyboard_and_on_a_narrow_screen(browser: Browser, address: str, site: Site, requested: str) -> None:
+    person = watched(browser, address, color_scheme="light")
+    page = person.page
+    person.open("/console/login")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+    page.get_by_label("API key").focus()
+    page.keyboard.type(new_key(site))
+    page.keyboard.press("Enter")
+    page.wait_for_url(address + "/")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    assert page.url == f"{address}/#main"
+    page.set_viewport_size({"width": 380, "height": 800})
+    for path in (
+        "/",
+        "/console/requests",
+        "/console/requests/new",
+        f"/console/requests/{requested}",
+        "/console/prompts",
+    ):
+        person.open(path)
+        person.check(f"narrow{path.replace('/', '-')}", picture=False, axe=False)
+    page.get_by_role("button", name="Log out").click()
+    page.wait_for_url(f"{address}/console/login")
+    person.open("/console/requests")
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible()
+    person.assert_clean()
+
+
+def test_a_link_from_elsewhere_finds_the_session(browser: Browser, address: str, site: Site, requested: str) -> None:
+    person = watched(browser, address)
+    person.log_in(new_key(site))
+    # Another site to a browser: the same server by another name.
+    person.open("/livez")
+    elsewhere = address.replace("127.0.0.1", "localhost")
+    person.page.goto(f"{elsewhere}/console/login")
+    person.page.evaluate(
+        "address => { const a = document.createElement('a'); a.href = address; a.textContent = 'go'; "
+        "document.body.append(a); a.click(); }",
+        f"{address}/console/requests/{requested}",
+    )
+    expect(person.page.get_by_role("heading", name="6 texts to forget")).to_be_visible()
