@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ import typer
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import key_file, reconcile, rotation
+from app import failpoints, key_file, reconcile, rotation
 from app.cli_local import local_sessions
 from app.cli_output import CommandGroup, JsonOption, bar, emit, note, print_table
 from app.errors import Conflict, InvalidInput
+from app.failpoints import failpoint
 from app.settings import Settings, get_settings
 from app.tables import PendingShred
 from app.vault import Vault
@@ -70,6 +72,7 @@ def rotate(
 ) -> None:
     """Wrap every key under the current master key. May run beside the service, and again after it was cut off."""
     settings = get_settings()
+    failpoints.arm(os.environ)
     if new_key_file and settings.master_key is not None:
         raise InvalidInput("--new-key-file is for the key file; here LETHEON_MASTER_KEY is set, so change that")
     with local_sessions(settings) as sessions:
@@ -97,6 +100,8 @@ def _rotate(sessions: Sessions, vault: Vault) -> Counter[str]:
             while after is not None:
                 with sessions.begin() as session:
                     step = rotation.rotate_some(session, vault, where, after, actor="cli")
+                    failpoint("rotate.before_commit")
+                failpoint("rotate.after_commit")
                 after, moved[where] = step.last, moved[where] + step.moved
                 progress.advance(task, step.read)
     return moved

@@ -29,8 +29,19 @@ COMMITS = (
     "release",
     "reap",
     "ring",
+    "keep",  # the finished training, where somebody has to approve it
+    "await_approval",
+    "expire",
+    "webhook_claim",
+    "webhook_record",
     "create",
-    "revoke",
+    "revoke",  # also the ask, where that takes two persons
+    "approve",
+    "reject",
+    "request_cancel",  # by the client; "cancel" is the worker's part
+    "restore",
+    "reconcile",
+    "rotate",
 )
 """Transactions with a point before their commit and one after it."""
 STEPS = (
@@ -38,6 +49,8 @@ STEPS = (
     "train.step",
     "train.done",  # not yet said to anyone
     "create.rung",  # the broker has the message, the client no answer yet
+    "shares.pending",  # what shreds is committed, and its key shares are not destroyed yet
+    "shares.destroyed",  # and the database still says that they are to be
 )
 NAMES = (*STEPS, *(f"{name}.{side}" for name in COMMITS for side in ("before_commit", "after_commit")))
 ACTIONS = ("kill", "stop", "enospc", "memory")

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, audit, ended, evidence, lifecycle, set_history, shredding
 from app.errors import KeyDestroyed, ShareMissing, VaultError
+from app.failpoints import failpoint
 from app.keystore import CHUNK
 from app.lifecycle import end_failed, lock_request, move
 from app.tables import Prompt, PromptState, RequestState, UnlearnRequest, Webhook, utcnow
@@ -57,6 +58,17 @@ def make_ready(sessions: sessionmaker[Session], vault: Vault) -> None:
     shredding.finish(sessions, vault)
     with sessions.begin() as session:
         found = reconcile(session, vault)
+        if found != Reconciled():
+            failpoint("reconcile.before_commit")
+    if found != Reconciled():
+        failpoint("reconcile.after_commit")
+        log.warning(
+            "this database is an older state: %d prompts were revoked since, %d requests lost their key, %d more texts "
+            "were shredded; it says so now",
+            found.revoked,
+            found.failed,
+            found.shredded,
+        )
     if vault.keystore is not None:
         with sessions.begin() as session:
             again = ended.end_again(session, vault.keystore)
@@ -65,14 +77,6 @@ def make_ready(sessions: sessionmaker[Session], vault: Vault) -> None:
             log.warning(
                 "this database is an older state: %d API keys and %d webhooks had ended; they have again", *again
             )
-    if found != Reconciled():
-        log.warning(
-            "this database is an older state: %d prompts were revoked since, %d requests lost their key, %d more texts "
-            "were shredded; it says so now",
-            found.revoked,
-            found.failed,
-            found.shredded,
-        )
 
 
 def check_master_key(session: Session, vault: Vault) -> None:

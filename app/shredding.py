@@ -16,6 +16,7 @@ from sqlalchemy.pool import NullPool
 
 from app import db
 from app.errors import KeyStoreAway
+from app.failpoints import failpoint
 from app.keystore import CHUNK
 from app.tables import PendingShred, utcnow
 from app.vault import Vault, share_id
@@ -51,7 +52,9 @@ def finish(sessions: sessionmaker[Session], vault: Vault) -> int:
     if vault.keystore is None:
         log.warning("%d key shares are to be destroyed, and no key store is configured", len(pending))
         return 0
+    failpoint("shares.pending")
     gone = list(vault.keystore.destroy(pending))
+    failpoint("shares.destroyed")
     with sessions.begin() as session:
         for start in range(0, len(gone), CHUNK):
             session.execute(delete(PendingShred).where(PendingShred.share_id.in_(gone[start : start + CHUNK])))

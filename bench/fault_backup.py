@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -49,6 +50,11 @@ def restore_backup(bench: Bench, number: int, draw: random.Random) -> Outcome:
         for what in readable(site, waiting, prompts[gone]):
             outcome.leaks += 1
             outcome.reasons.append(f"of the backup, {what} opens with the master key")
+        point = draw.choice(("reconcile.before_commit", "reconcile.after_commit"))
+        victim = site.worker(point)  # dies while it brings the rows up to date, and the API goes on from there
+        if not victim.ended(60) or victim.status != -signal.SIGKILL:
+            outcome.reasons.append(f"{point}: status {victim.status}: {victim.output()[-400:]}")
+            victim.kill()
         try:
             api = site.api()  # returns when /readyz says so
         except FaultFailed as error:

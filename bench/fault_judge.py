@@ -22,7 +22,7 @@ class History:
     failure: str | None = None
     claims: tuple[tuple[float, str], ...] = ()
     lease_expiries: int = 0
-    releases: int = 0
+    releases: int = 0  # and approvals, after which a worker claims it once more
     activations: int = 0
     prompts: int = 0
 
@@ -93,8 +93,8 @@ def read_history(session: Session, request_id: str) -> History:
         failure=row.failure["code"] if row.failure else None,
         claims=tuple(claims),
         lease_expiries=row.lease_expiries,
-        releases=sum(e.detail.get("why") == "released" for e in entries),
-        activations=sum(e.action == "request.active" for e in entries),
+        releases=sum(e.detail.get("why") in ("released", "approved") for e in entries),
+        activations=sum(e.action == "request.active" and e.detail.get("from") != "suspended" for e in entries),
         prompts=session.scalars(select(func.count()).where(Prompt.request_id == request_id)).one(),
     )
 
@@ -104,7 +104,7 @@ def doubled_anywhere(session: Session) -> list[str]:
     of_prompts = select(Prompt.request_id).group_by(Prompt.request_id).having(func.count() > 1)
     of_entries = (
         select(AuditEntry.subject)
-        .where(AuditEntry.action == "request.active")
+        .where(AuditEntry.action == "request.active", AuditEntry.detail["from"].as_string() != "suspended")
         .group_by(AuditEntry.subject)
         .having(func.count() > 1)
     )

@@ -11,9 +11,9 @@ from app import audit, lifecycle
 from app.failpoints import COMMITS
 from bench.fault_judge import Outcome, written_late
 from bench.fault_processes import Child, FaultFailed, wait_for
-from bench.fault_site import LEASE, QUICKLY, TAKE_UP, Site, ended, taken_up_after
+from bench.fault_site import END_SECONDS, LEASE, QUICKLY, TAKE_UP, Site, ended, taken_up_after
 
-WORKER_COMMITS = tuple(name for name in COMMITS if name not in ("create", "revoke"))
+WORKER_COMMITS = COMMITS[: COMMITS.index("ring") + 1]  # fault_changes and fault_outages have the rest
 POINTS = (
     "texts.read",
     "train.step",  # at a random step: before the first checkpoint, or between two
@@ -96,8 +96,8 @@ def prompted(site: Site, victim: Child, request_id: str, step: str) -> None:
 
 def die(victim: Child, outcome: Outcome) -> None:
     """It must come to its point, or nothing was tested."""
-    if not victim.ended(60):
-        outcome.reasons.append("the point was not reached within 60 s")
+    if not victim.ended(END_SECONDS):
+        outcome.reasons.append(f"the point was not reached within {END_SECONDS:.0f} s")
         victim.kill()
     elif victim.status != -signal.SIGKILL:
         outcome.reasons.append(f"the worker ended with status {victim.status}: {victim.output()[-400:]}")
@@ -149,7 +149,7 @@ def stop_and_continue(site: Site, number: int, draw: random.Random) -> Outcome:
         outcome.take_up(taken_up_after(history, stopped), TAKE_UP)
         time.sleep(max(0.0, stopped + 3 * LEASE - time.time()))
         zombie.signal(signal.SIGCONT)
-        wait_for(lambda: "lost its lease" in zombie.output() or zombie.ended(), "the zombie to notice", seconds=30)
+        wait_for(lambda: "lost its lease" in zombie.output() or zombie.ended(), "the zombie to notice")
         if zombie.ended():
             outcome.reasons.append(f"the zombie ended with status {zombie.status}: it lost a job, not its mind")
         successor.kill()

@@ -36,12 +36,12 @@ def child(order: dict[str, Any]) -> NoReturn:
         os.chdir(order["home"])
         os.environ.clear()
         os.environ.update(order["environment"])
-        if order["what"] == "worker":
-            status = worker.main.main()
-        else:
-            sys.argv = ["letheon", "serve", "--no-worker", "--port", str(order["port"])]
+        if order["arguments"]:
+            sys.argv = ["letheon", *order["arguments"]]
             app.cli.main()
             status = 0
+        else:
+            status = worker.main.main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -38,10 +38,10 @@ def request_body(texts: int = 6) -> dict[str, Any]:
     }
 
 
-def post(api: Api, path: str, body: dict[str, Any]) -> httpx2.Response | None:
-    """None where the server died before it answered."""
+def post(api: Api, path: str, body: dict[str, Any] | None, *, key: str = "") -> httpx2.Response | None:
+    """None where the server died before it answered. ``key``: another one than the site's."""
     try:
-        return api.client.post(path, json=body)
+        return api.client.post(path, json=body, headers={"Authorization": f"Bearer {key}"} if key else {})
     except httpx2.TransportError:
         return None
 
@@ -122,7 +122,7 @@ def revocations(prompt_id: str) -> Any:
 
 
 def expect_killed(api: Api, outcome: Outcome) -> None:
-    if not api.child.ended(20) or api.child.status != -signal.SIGKILL:
+    if not api.child.ended(60) or api.child.status != -signal.SIGKILL:
         outcome.reasons.append(f"the API did not die at its point: {api.child.output()[-400:]}")
         api.child.kill()
     api.client.close()
@@ -289,7 +289,7 @@ def restart_postgres(site: Site, number: int, draw: random.Random) -> Outcome:
     postgres.start()
     back = time.time()
     try:
-        wait_for(api.ready, "a healthy API", seconds=60)
+        wait_for(api.ready, "a healthy API")
     except FaultFailed as error:
         outcome.reasons.append(str(error))
     healthy = time.time() - back

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ class FaultFailed(Exception):
     """What was to be broken did not even run; the message says what was waited for."""
 
 
-def wait_for(probe: Callable[[], T | None], what: str, *, seconds: float = 60.0, pause: float = 0.02) -> T:
+def wait_for(probe: Callable[[], T | None], what: str, *, seconds: float = 180.0, pause: float = 0.02) -> T:
     """The first true answer of ``probe``. Raises FaultFailed."""
     end = time.monotonic() + seconds
     while True:
@@ -110,8 +110,9 @@ class Launcher:
         if self._read() != {"ready": True}:
             raise FaultFailed(f"the launcher did not start: {log}")
 
-    def start(self, what: str, *, home: Path, log: Path, environment: Mapping[str, str], port: int = 0) -> Child:
-        order = {"what": what, "home": str(home), "log": str(log), "environment": dict(environment), "port": port}
+    def start(self, arguments: Sequence[str], *, home: Path, log: Path, environment: Mapping[str, str]) -> Child:
+        """``letheon`` with these arguments; a worker without any."""
+        order = {"arguments": arguments, "home": str(home), "log": str(log), "environment": dict(environment)}
         return Child(int(self._ask(order)["pid"]), log, self)
 
     def reap(self, pid: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from app.failpoints import VARIABLE
 from app.lifecycle import ForgetText
 from app.reconcile import make_ready
 from app.settings import Settings
-from app.tables import Checkpoint
-from app.vault import KEY_BYTES, Vault
+from app.tables import Checkpoint, utcnow
+from app.terms import Terms
+from app.vault import KEY_BYTES, Vault, share_id
 from bench.demo import free_port
 from bench.fault_judge import ENDED, History, Outcome, doubled_anywhere, read_history
 from bench.fault_model import make_model, write_retain
@@ -38,7 +40,7 @@ from models.llm import FrozenLLM
 BACKENDS = ("postgresql", "sqlite")
 LEASE = 2.0
 TAKE_UP = LEASE + 15.0
-END_SECONDS = 90.0
+END_SECONDS = 180.0
 QUICKLY = 0.25
 """A training deadline in seconds: enough for a few dozen steps of the tiny model."""
 _ONE_MIGRATION = threading.Lock()  # Alembic's context is one for the whole process
@@ -58,6 +60,7 @@ KNOBS: dict[str, Any] = {
     "reaper_seconds": 0.3,
     "ring_seconds": 3,
     "max_attempts": 8,
+    "webhook_private": True,  # the receiver is on this machine
     "first_key": False,
 }
 
@@ -84,7 +87,9 @@ class Site:
     sessions: sessionmaker[Session]
     vault: Vault
     fingerprint: str
-    key: str
+    key: str  # the client's, and whose requests they are
+    key_id: str
+    second_key: str  # another person's; both have all scopes
     redis: Redis | None
     postgres: Postgres | None
     knobs: dict[str, Any]
@@ -92,6 +97,8 @@ class Site:
     shared: dict[str, Any] = field(default_factory=dict)  # what a fault keeps from one trial to the next
     environment: dict[str, str] = field(default_factory=dict)  # of its processes, beside the knobs
     clients: list[httpx2.Client] = field(default_factory=list)
+    shares: dict[str, bytes] = field(default_factory=dict)  # of requests' texts, in the key store
+    stack: ExitStack = field(default_factory=ExitStack)  # what a fault opened
     celery: Celery | None = None
     senders: ThreadPoolExecutor | None = None
 
@@ -116,7 +123,13 @@ class Site:
         wait_for(api.ready, "the API")
         return api
 
-    def _start(self, what: str, failpoint: str, knobs: dict[str, Any], port: int = 0) -> Child:
+    def command(self, failpoint: str, *arguments: str, **knobs: Any) -> Child:
+        """``letheon`` with these arguments."""
+        return self._start("command", failpoint, knobs, arguments=arguments)
+
+    def _start(
+        self, what: str, failpoint: str, knobs: dict[str, Any], port: int = 0, arguments: tuple[str, ...] = ()
+    ) -> Child:
         environment = clean_environment() | {
             f"LETHEON_{name.upper()}": str(value) for name, value in {**self.knobs, **knobs}.items()
         }
@@ -124,7 +137,9 @@ class Site:
         if failpoint:
             environment[VARIABLE] = failpoint
         log = self.home / f"{what}-{len(self.children)}.log"
-        child = self.launcher.start(what, home=self.home, log=log, environment=environment, port=port)
+        if what == "api":
+            arguments = ("serve", "--no-worker", "--port", str(port))
+        child = self.launcher.start(arguments, home=self.home, log=log, environment=environment)
         self.children.append(child)
         return child
 
@@ -138,6 +153,7 @@ class Site:
         if self.celery is not None:
             self.celery.pool.force_close_all()  # connections, the lent ones too, which a killed Redis left behind
             self.celery.close()
+        self.stack.close()
 
     def locked(self) -> bool:
         """Whether somebody is within a write."""
@@ -156,21 +172,28 @@ class Site:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def submit(self, *, ring: bool = True, fingerprint: str = "", texts: int = 6) -> str:
-        """As the API does it: store, commit, ring."""
+    def submit(
+        self, *, ring: bool = True, fingerprint: str = "", texts: int = 6, approval: bool = False, **options: Any
+    ) -> str:
+        """As the API does it: store, commit, ring. With ``approval`` a second key has to agree."""
+        now = utcnow()
         with self.sessions.begin() as session:
-            request_id = lifecycle.create_request(
+            request = lifecycle.create_request(
                 session,
                 self.vault,
                 texts=[ForgetText(text, label) for text, label in forget_texts(texts)],
                 reason=None,
-                options={"check_every": 1_000_000},
+                options={"check_every": 1_000_000, **options},
                 fingerprint=fingerprint or self.fingerprint,
-                api_key_id=None,
-            ).id
+                api_key_id=self.key_id,
+                terms=Terms(now, now + timedelta(days=30), None, approval),
+            )
+            share = share_id(request.wrapped_key)
+        assert share is not None
+        self.shares[request.id] = share
         if ring:
-            self.ring(request_id)
-        return request_id
+            self.ring(request.id)
+        return request.id
 
     def ring(self, request_id: str) -> bool:
         if self.celery is None:
@@ -286,7 +309,8 @@ class Bench:
             stack.callback(engine.dispose)
             sessions = db.make_sessions(engine)
             with sessions.begin() as session:
-                _, key = keys.create_key(session, name="bench", scopes=keys.SCOPES, actor="bench")
+                row, key = keys.create_key(session, name="client", scopes=keys.SCOPES, actor="bench")
+                _, second_key = keys.create_key(session, name="second", scopes=keys.SCOPES, actor="bench")
             vault = Vault.from_settings(settings)
             stack.callback(vault.close)
             make_ready(sessions, vault)
@@ -298,6 +322,8 @@ class Bench:
                 vault=vault,
                 fingerprint=self.fingerprint,
                 key=key,
+                key_id=row.id,
+                second_key=second_key,
                 redis=redis,
                 postgres=postgres,
                 knobs={**given, **named},

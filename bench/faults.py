@@ -6,8 +6,9 @@ bench's own, and on SQLite with a folder as broker. After each trial the databas
 was accepted: ``lost``, neither in force nor in a stated end; ``doubled``, in force twice, or trained again without a
 lease that was lost.
 
-Each trial is kept under ``var/faults``, so a run that broke off goes on, and one with more trials adds to it; another
-seed, or other source, begins anew. Exit status 1 where any trial failed. docs/faults.md says what is tried.
+Each trial is kept under ``var/faults``: a run that broke off goes on, one with more trials adds to it, and a result is
+of all that are kept. Another seed, or other source, begins anew. Exit status 1 where any trial failed. docs/faults.md
+says what is tried.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench.fault_audit import tamper
 from bench.fault_backup import restore_backup
 from bench.fault_canary import search_deployment
+from bench.fault_changes import kill_in_change
 from bench.fault_judge import Outcome, block
 from bench.fault_kills import kill_at_point, kill_whenever, stop_and_continue
 from bench.fault_limits import run_out
@@ -69,6 +71,7 @@ FAULTS = (
     Fault("worker", "kill -9 of a worker at random moments", 20, 300, on_site=kill_whenever),
     Fault("stopped", "SIGSTOP for three leases, then SIGCONT", 10, 100, on_site=stop_and_continue),
     Fault("api", "kill -9 of an API around its commit", 20, 300, on_site=kill_api),
+    Fault("changes", "kill -9 in approval, cancel, expiry, …", 60, 300, on_site=kill_in_change),
     Fault("duplicates", "one message delivered 10 times at once", 50, 1000, on_site=deliver_many_times),
     Fault("broker", "broker killed and flushed", 10, 100, on_site=flush_broker),
     Fault(
@@ -242,7 +245,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                     bar.console.print(f"{name} {number} ({outcome.kind}): {reason}", markup=False, highlight=False)
 
             run_fault(deployment, fault, numbers, args.seed, done)
-    outcomes = {fault.name: [kept[fault.name].outcomes[n] for n in range(counts[fault.name])] for fault in chosen}
+    # All that are kept, also where this run asked for fewer: more trials say more.
+    outcomes = {name: [found.outcomes[n] for n in sorted(found.outcomes)] for name, found in kept.items()}
     return summary(
         {name: block(found) for name, found in outcomes.items()},
         [outcome for found in outcomes.values() for outcome in found],

@@ -16,25 +16,38 @@ from typing import Any
 
 import httpx2
 import pytest
-from floor import activate, must_take, submit
+from floor import activate, await_approval, must_take, submit, terms
 from rich.console import Console
-from sqlalchemy import select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import audit, lifecycle
+from app import active_set, approval, audit, db, lifecycle
 from app.errors import LeaseLost
-from app.tables import AuditEntry, RequestEvent, utcnow
+from app.tables import AuditEntry, PendingShred, RequestEvent, WebhookDelivery, new_id, utcnow
 from app.vault import Vault
 from bench import fault_audit, faults
 from bench.fault_backup import restore_backup
 from bench.fault_canary import forms, make_canaries, search, search_deployment
-from bench.fault_judge import History, Outcome, block, read_history, upper_95, verdict, written_late
+from bench.fault_changes import CHANGES, kill_in_change
+from bench.fault_judge import (
+    History,
+    Outcome,
+    block,
+    doubled_anywhere,
+    read_history,
+    upper_95,
+    verdict,
+    written_late,
+)
 from bench.fault_kills import POINTS, kill_at_point, kill_whenever
+from bench.fault_messages import judge_messages, kept_ears
 from bench.fault_outages import API_POINTS, Asker, deliver_many_times, flush_broker, judge_answers, kill_api
 from bench.fault_outages import restart_postgres as restart
 from bench.fault_processes import FaultFailed, postgres_programs
-from bench.fault_site import Bench, open_bench
+from bench.fault_site import Bench, Site, open_bench
+from bench.fault_steps import judge_shares
 from bench.faults import FAULTS, Fault, main, parse, run
+from worker.deliveries import Deliveries
 
 W1, W2, W3 = (1.0, "w1#a"), (2.0, "w2#b"), (3.0, "w3#c")
 
@@ -48,6 +61,7 @@ W1, W2, W3 = (1.0, "w1#a"), (2.0, "w2#b"), (3.0, "w3#c")
         (History("active", claims=(W1,), activations=1, prompts=1), set()),
         (History("active", claims=(W1, W2), lease_expiries=1, activations=1, prompts=1), set()),
         (History("active", claims=(W1, W2, W3), lease_expiries=1, releases=1, activations=1, prompts=1), set()),
+        (History("active", claims=(W1, W2), releases=1, activations=1, prompts=1), set()),  # approved in between
         (History("failed", "diverged", claims=(W1,)), set()),
         (History("cancelled"), set()),
         (History("revoked", claims=(W1,), activations=1, prompts=1), set()),
@@ -99,6 +113,28 @@ def test_a_history_is_read_as_it_was(sessions: sessionmaker[Session], vault: Vau
     assert (one.activations, one.prompts) == (1, 1) and verdict(one) == set()
     assert (two.state, len(two.claims), two.releases) == ("training", 2, 1) and verdict(two) == {"lost"}
     assert none == History(None)
+
+
+def test_an_approval_and_a_restoration_are_no_doubling(sessions: sessionmaker[Session], vault: Vault) -> None:
+    request_id = submit(sessions, vault, terms=terms(approval=True))
+    await_approval(sessions, must_take(sessions, request_id))
+    with sessions.begin() as session:
+        approval.approve(session, request_id, actor="key_2")
+    activate(sessions, vault, must_take(sessions, request_id, owner="w2"), version=0)
+    for version in (0, 1):  # suspended, and back
+        with sessions.begin() as session:
+            active_set.restore(session, version, mode="concatenate", fingerprint="f" * 64, actor="a", reason="test")
+    with sessions() as session:
+        found = read_history(session, request_id)
+        assert doubled_anywhere(session) == []
+    assert (found.state, len(found.claims), found.releases, found.activations) == ("active", 2, 1, 1)
+    assert verdict(found) == set()
+    with sessions.begin() as session:
+        for _ in range(2):
+            detail = {"from": "evaluating"}
+            audit.append(session, actor="w2", action="request.active", subject=request_id, detail=detail)
+    with sessions() as session:
+        assert doubled_anywhere(session) == [request_id]
 
 
 def test_what_a_stopped_worker_writes_late_is_counted(sessions: sessionmaker[Session], vault: Vault) -> None:
@@ -246,6 +282,7 @@ def test_a_run_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp
     assert [number for number, _ in seen] == [0, 1, -1, 2, 3]
     assert run(args, quiet)["trials"] == 4 and len(seen) == 5, "nothing is left to do"
     assert run(parse(["--work", str(tmp_path), "--full"]), quiet)["trials"] == 8
+    assert run(args, quiet)["trials"] == 8, "what is kept counts"
     other = argparse.Namespace(**{**vars(args), "seed": 1})
     seen.clear()
     seen.append((-1, 0.0))
@@ -282,6 +319,8 @@ TRIALS: list[tuple[str, Any, int]] = [
     ("sqlite", kill_at_point, numbered(POINTS, "checkpoint.after_commit")),
     ("sqlite", kill_whenever, 0),
     ("sqlite", kill_api, numbered(API_POINTS, "create.after_commit")),
+    ("sqlite", kill_in_change, numbered([kind for kind, *_ in CHANGES], "keep.after_commit")),
+    (ANY, kill_in_change, numbered([kind for kind, *_ in CHANGES], "approve.after_commit")),
     (ANY, deliver_many_times, 0),
     (ANY, flush_broker, 0),
     *((kind, restart, 0) for kind in SERVERS),
@@ -306,6 +345,56 @@ def test_what_was_done_to_the_audit_log_is_found(bed: Bench, kind: str, monkeypa
         blind = len(site.shared["rows"])
         monkeypatch.setattr(audit, "verify", lambda session: blind)
         assert fault_audit.tamper_as(site, fault_audit.deleted, random.Random(0)).missed == 1
+
+
+def send(site: Site) -> None:
+    Deliveries(site.sessions, site.vault, site.settings, on_death=lambda: None, every=0.02).work()
+
+
+def test_a_message_that_is_missing_unsent_or_doubled_is_found(bed: Bench) -> None:
+    with bed.site("sqlite") as site:
+        ears = kept_ears(site)
+        requests = [site.submit(ring=False) for _ in range(3)]
+        send(site)
+        good = Outcome()
+        judge_messages(site, ears, good)
+        assert not good.failed and good.figures["messages_max"] == 3
+        with site.sessions.begin() as session:
+            session.execute(delete(WebhookDelivery).where(WebhookDelivery.request_id == requests[0]))
+            (row,) = session.scalars(select(WebhookDelivery).where(WebhookDelivery.request_id == requests[1]))
+            copy = {"id": new_id("dlv"), "payload": row.payload, "created_at": utcnow(), "next_at": None}
+            session.add(WebhookDelivery(**copy, webhook_id=ears.webhook_id, state="delivered", attempts=1))
+        found = Outcome()
+        judge_messages(site, ears, found)
+        assert (found.lost, found.doubled) == (2, 1)  # one was never written, one is said to be delivered and is not
+        assert any("ids that the log does not have" in reason for reason in found.reasons)
+        for _ in range(2):
+            with site.sessions.begin() as session:
+                one = update(WebhookDelivery).where(WebhookDelivery.request_id == requests[2])
+                session.execute(one.values(state="pending", next_at=utcnow()))
+            send(site)
+        again = Outcome()
+        judge_messages(site, ears, again)
+        assert "a message arrived 3 times" in again.reasons
+
+
+def test_a_key_that_outlives_its_request_is_found(bed: Bench) -> None:
+    with bed.site("sqlite") as site:
+        requests = [site.submit(ring=False) for _ in range(2)]
+        engine = db.make_engine(site.settings.effective_database_url)
+        with site.sessions.begin() as session:
+            lifecycle.request_cancel(session, requests[0], actor="test")
+        good = Outcome()
+        judge_shares(site, good)
+        assert not good.failed
+        with db.make_sessions(engine).begin() as session:  # nobody destroys anything after these
+            lifecycle.request_cancel(session, requests[1], actor="test")
+            session.flush()
+            session.execute(delete(PendingShred))
+        engine.dispose()
+        bad = Outcome()
+        judge_shares(site, bad)
+        assert bad.leaks == 1 and "1 of 2 requests have ended" in bad.reasons[0]
 
 
 def test_an_old_backup_brings_nothing_back(bed: Bench) -> None:

@@ -77,7 +77,7 @@ class Process:
     def kill(self) -> None:
         """kill -9."""
         self.popen.kill()
-        self.popen.wait(10)
+        self.popen.wait(60)
 
     def terminate(self, seconds: float = 30.0) -> int:
         """SIGTERM; returns the exit status."""

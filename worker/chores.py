@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import audit, ended, expiry, idempotency, job_queue, shredding
 from app.errors import LetheonError
+from app.failpoints import failpoint
 from app.signing_key import load_signer
 from app.tracebacks import where
 from app.vault import Vault
@@ -23,7 +24,10 @@ def end_expired(sessions: sessionmaker[Session]) -> None:
     for request_id in expired:
         with sessions.begin() as session:
             ended = expiry.expire(session, request_id)
+            if ended:
+                failpoint("expire.before_commit")
         if ended:
+            failpoint("expire.after_commit")
             log.info("%s: expired", request_id)
 
 

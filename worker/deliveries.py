@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import webhook_queue
 from app.errors import KeyStoreAway, NotFound, VaultError
+from app.failpoints import failpoint
 from app.settings import Settings
 from app.tracebacks import where
 from app.vault import Vault
@@ -81,18 +82,25 @@ class Deliveries(_Service):
         if len(in_flight) >= IN_FLIGHT:
             return []
         with self._sessions.begin() as session:
-            return webhook_queue.claim(
+            taken = webhook_queue.claim(
                 session,
                 limit=IN_FLIGHT - len(in_flight),
                 lease_seconds=self._settings.webhook_timeout_seconds + LEASE_MARGIN_SECONDS,
                 max_attempts=self._settings.webhook_attempts,
                 in_flight=in_flight,
             )
+            if taken:
+                failpoint("webhook_claim.before_commit")
+        if taken:
+            failpoint("webhook_claim.after_commit")
+        return taken
 
     def _record(self, due: Due, outcome: Outcome) -> None:
         try:
             with self._sessions.begin() as session:
                 known = webhook_queue.record(session, due, outcome, max_attempts=self._settings.webhook_attempts)
+                failpoint("webhook_record.before_commit")
+            failpoint("webhook_record.after_commit")
         except NotFound:
             known = False
         said = outcome.error or "delivered"

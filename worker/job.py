@@ -298,7 +298,10 @@ class Job:
                         found = look(self.commit(active_set.forgotten_digests))
                 metrics |= found.figures
             if self.needs_approval:
-                self.commit(partial(self.await_approval, digest=result.prompt.digest, metrics=metrics, found=found))
+                self.commit(
+                    partial(self.await_approval, digest=result.prompt.digest, metrics=metrics, found=found),
+                    at="await_approval",
+                )
                 return "awaiting approval"
             if gate is None:
                 canaries = make_canaries(
@@ -393,7 +396,8 @@ class Job:
         self.commit(
             lambda session: job_queue.save_checkpoint(
                 session, self.context.vault, self.claim, step=result.steps, data=data
-            )
+            ),
+            at="keep",
         )
 
     def should_stop(self) -> bool:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import select
 
-from app import audit, lifecycle, receipts
+from app import audit, evidence, evidence_pictures, lifecycle, receipts
 from app.auth import Caller
 from app.console.access import AdminPage, ApproverPage, CancellingPage, ReaderPage
 from app.console.figures import bars, checks, empty_curve, progress_of
@@ -17,10 +17,11 @@ from app.console.forms import Form, checked
 from app.console.pages import render, see_other
 from app.console.words import ACTIONS, DONE, EXPLAINED, REVOKE_CODES, STATES, STEPS
 from app.deps import RequestId, Service, ServiceDep
-from app.errors import Conflict, LetheonError, NotFound, SameKey
+from app.errors import Conflict, LetheonError, NotFound, NotReady, SameKey, VaultError
 from app.keys import READS_ALL
 from app.problems import validation_problem
-from app.routes import admin, approvals, unlearn_requests
+from app.report_schemas import ReportFormat
+from app.routes import admin, approvals, reports, unlearn_requests
 from app.routes.unlearn_requests import EVENT_PAGE, GOES_ON
 from app.schemas import RejectIn, RevokeIn
 from app.set_history import RECORD_ONLY
@@ -145,6 +146,17 @@ def receipt(caller: ReaderPage, request_id: RequestId, service: ServiceDep) -> A
     return response
 
 
+@router.get(ADDRESS + "/report")
+def report(
+    caller: ReaderPage,
+    request_id: RequestId,
+    service: ServiceDep,
+    report_format: Annotated[ReportFormat, Query(alias="format")] = ReportFormat.HTML,
+) -> Any:
+    """The report, as the API gives it."""
+    return reports.get_report(caller, request_id, service, report_format)
+
+
 def _acted(request: Request, caller: Caller, request_id: str, service: Service, act: Callable[[], str]) -> Any:
     """Carried out, the page is shown anew; else it is shown with what was in the way."""
     try:
@@ -166,8 +178,19 @@ def _page(
     error: LetheonError | None = None,
 ) -> Any:
     view = view_of(service, caller, request_id, all_events(service, request_id))
+    view |= _pictures(service, request_id)
     status = 200 if error is None else error.status
     return render(request.scope, "request.html", caller=caller, status=status, said=said, error=error, **view)
+
+
+def _pictures(service: Service, request_id: str) -> dict[str, Any]:
+    """Of the request's evidence, or why there are none."""
+    with service.sessions() as session:
+        try:
+            found = evidence.read(session, service.vault, lifecycle.get_request(session, request_id))
+        except (Conflict, NotReady, VaultError) as error:
+            return {"pictures": [], "no_pictures": error.detail}
+    return {"pictures": [evidence_pictures.embedding_svg(found), evidence_pictures.membership_svg(found)]}
 
 
 def _prompt_of(service: Service, request_id: str) -> str:

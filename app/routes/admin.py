@@ -140,4 +140,7 @@ def restore_active_set(caller: AdminCaller, version: Version, body: RestoreIn, s
             actor=caller.key_id,
             reason=body.reason,
         )
-        return set_history.get_version(session, view.version)
+        made = set_history.get_version(session, view.version)
+        failpoint("restore.before_commit")
+    failpoint("restore.after_commit")
+    return made

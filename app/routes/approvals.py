@@ -23,6 +23,7 @@ from app.errors import (
     SameKey,
     Unauthenticated,
 )
+from app.failpoints import failpoint
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import RejectIn, UnlearnRequestOut
 
@@ -41,6 +42,8 @@ def approve_unlearn_request(caller: ApproverCaller, request_id: RequestId, servi
     """
     with service.sessions.begin() as session:
         row = approval.approve(session, request_id, actor=caller.key_id)
+        failpoint("approve.before_commit")
+    failpoint("approve.after_commit")
     enqueue_training(service.celery, row.id, expires=service.settings.ring_seconds)
     return row
 
@@ -53,4 +56,7 @@ def approve_unlearn_request(caller: ApproverCaller, request_id: RequestId, servi
 def reject_unlearn_request(caller: ApproverCaller, request_id: RequestId, body: RejectIn, service: ServiceDep) -> Any:
     """End a request that is `awaiting_approval` as `failed` with the code `rejected`; its texts are destroyed."""
     with service.sessions.begin() as session:
-        return approval.reject(session, request_id, actor=caller.key_id, reason=body.reason)
+        row = approval.reject(session, request_id, actor=caller.key_id, reason=body.reason)
+        failpoint("reject.before_commit")
+    failpoint("reject.after_commit")
+    return row

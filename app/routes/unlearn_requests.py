@@ -35,6 +35,7 @@ from app.errors import (
     RateLimited,
     Unauthenticated,
 )
+from app.failpoints import failpoint
 from app.keys import READS_ALL
 from app.problems import UnsupportedMediaType, problems
 from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
@@ -174,7 +175,10 @@ def cancel_unlearn_request(caller: CancellingCaller, request_id: RequestId, serv
     A waiting request ends at once; a running one stops at its next step (`cancel_requested`).
     """
     with service.sessions.begin() as session:
-        return lifecycle.request_cancel(session, request_id, actor=caller.key_id, owner=caller.owner("admin"))
+        row = lifecycle.request_cancel(session, request_id, actor=caller.key_id, owner=caller.owner("admin"))
+        failpoint("request_cancel.before_commit")
+    failpoint("request_cancel.after_commit")
+    return row
 
 
 def known_request(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> str:
