@@ -71,7 +71,7 @@ FAULTS = (
     Fault("worker", "kill -9 of a worker at random moments", 20, 300, on_site=kill_whenever),
     Fault("stopped", "SIGSTOP for three leases, then SIGCONT", 10, 100, on_site=stop_and_continue),
     Fault("api", "kill -9 of an API around its commit", 20, 300, on_site=kill_api),
-    Fault("changes", "kill -9 in approval, cancel, expiry, …", 60, 300, on_site=kill_in_change),
+    Fault("changes", "kill -9 in approval, cancel, expiry, …", 64, 320, on_site=kill_in_change),
     Fault("duplicates", "one message delivered 10 times at once", 50, 1000, on_site=deliver_many_times),
     Fault("broker", "broker killed and flushed", 10, 100, on_site=flush_broker),
     Fault(
