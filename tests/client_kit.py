@@ -7,7 +7,7 @@ import inspect
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ class Proxy:
                     self.cuts -= 1
                     self.lost.append(data.split(b"\r\n")[0])  # so the call was carried out
                     for end in (client, upstream):  # closing alone says nothing while the other thread reads
-                        end.shutdown(socket.SHUT_RDWR)
+                        with suppress(OSError):  # it may have gone by itself
+                            end.shutdown(socket.SHUT_RDWR)
                     return
                 client.sendall(data)
 

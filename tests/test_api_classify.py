@@ -156,7 +156,7 @@ def test_fail_closed_on_a_corrupted_prompt(database_url: str, tmp_path: Path, ca
         assert "Quillfeather" not in caplog.text
         corrupt(api, prompt_id, sealed=sealed)
         assert scores(api, headers) == pytest.approx(expected(prompt), abs=1e-6)
-        assert api.client.get("/readyz").json() == {"status": "ready"}
+        assert api.client.get("/readyz").json() == {"status": "ready", "degraded": []}
 
 
 def test_fail_closed_on_a_prompt_of_another_model(api: Api) -> None:
