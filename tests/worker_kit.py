@@ -223,6 +223,7 @@ def deploy(home: Path, model: Path, **knobs: Any) -> Iterator[Site]:
         "max_steps": 1_000_000,
         "checkpoint_seconds": 0.3,
         "check_retain_rows": 16,
+        "evidence_texts": 8,
         "min_forget_abstain": 0,
         "max_retain_drop": 1,
         "max_class_drop": 1,
