@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from app.errors import NotReady
+from app.errors import NotReady, Overloaded
 from app.metrics import Outcome, outcome
 from app.serving import Serving
 from app.settings import Settings
@@ -14,9 +16,11 @@ from app.stack import Stack
 from models.inference import Classification, Classifier, Encoded
 from models.routing import classify_routed
 
-__all__ = ["Compared", "compare"]
+__all__ = ["Compared", "a_turn", "compare"]
 
 _TRIES = 3
+_AT_ONCE = threading.BoundedSemaphore(2)
+"""Whoever compares holds one of the threads that all other routes share, for as long as the model takes."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class Compared:
     served: Classification
     decided: Outcome
     prompts: tuple[str, ...]
+
+
+@contextmanager
+def a_turn() -> Iterator[None]:
+    """To be held while texts are prepared and compared. Raises Overloaded."""
+    if not _AT_ONCE.acquire(blocking=False):
+        raise Overloaded("other texts are being compared", retry_after=5)
+    try:
+        yield
+    finally:
+        _AT_ONCE.release()
 
 
 def compare(serving: Serving, settings: Settings, texts: Sequence[Encoded]) -> tuple[int, list[Compared]]:

@@ -65,14 +65,27 @@ def drop(session: Session, request_id: str) -> None:
 def read(session: Session, vault: Vault, request: UnlearnRequest) -> dict[str, Any]:
     """The document, with ``request_id`` and ``created_at``. Raises VaultError, and Conflict with ``why`` without one:
     ``not-yet``, ``ended``, ``shredded``, ``could-not`` or ``not-made``."""
-    row = session.get(Evidence, request.id, populate_existing=True)
+    # One statement: an activation between two would seal it under another key.
+    query = (
+        select(
+            Evidence.sealed,
+            Evidence.absent,
+            Evidence.created_at,
+            Prompt.id.label("prompt_id"),
+            Prompt.wrapped_key.label("prompt_key"),
+            UnlearnRequest.wrapped_key.label("request_key"),
+        )
+        .join(UnlearnRequest, UnlearnRequest.id == Evidence.request_id)
+        .outerjoin(Prompt, Prompt.request_id == Evidence.request_id)
+        .where(Evidence.request_id == request.id)
+    )
+    row = session.execute(query).one_or_none()
     if row is None:
         raise _none(RequestState(request.state))
     if row.sealed is None:
         raise Conflict(f"the evidence could not be made: {row.absent}", why="could-not", state=request.state)
-    keys = list(session.scalars(select(Prompt.wrapped_key).where(Prompt.request_id == request.id)))
     try:
-        data = vault.open(keys[0] if keys else request.wrapped_key, row.sealed, aad=aad(request.id))
+        data = vault.open(row.request_key if row.prompt_id is None else row.prompt_key, row.sealed, aad=aad(request.id))
     except KeyDestroyed:  # revoked since the row was read, or before the backup that this database comes from
         raise _none(RequestState.REVOKED) from None
     return {"request_id": request.id, "created_at": row.created_at, **json.loads(data)}

@@ -248,6 +248,8 @@ class KeyStore:
         with self._connect() as connection:
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {_LOG_MILLISECONDS}").fetchall()
             busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            # The connection goes back to the pool, where others wait longer.
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(1000 * db.BUSY_SECONDS)}").fetchall()
         if busy:
             log.info("the key store's write-ahead log is in use and is emptied later")
         return not busy

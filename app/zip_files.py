@@ -40,6 +40,8 @@ def unpack(data: bytes, limits: Mapping[str, int]) -> dict[str, bytes]:
                     continue
                 if entry.filename in found:
                     raise InvalidInput(f"the zip file has {entry.filename} twice")
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise InvalidInput(f"{entry.filename} is packed in a way that is not taken")
                 with archive.open(entry) as file:
                     found[entry.filename] = file.read(limit + 1)
                 if len(found[entry.filename]) > limit:

@@ -13,8 +13,10 @@ from console_kit import OWN, Markup, Person, log_in, visitor, words
 from fastapi.testclient import TestClient
 from test_access_matrix import HELD, ended_request, give, refused_key, routes
 
-from app import keys
+from app import active_set, keys
+from app.auth import Caller
 from app.console import session as cookie
+from app.console.live import _Watch
 from app.errors import Unauthenticated
 from app.security_headers import CONSOLE_POLICY
 from app.settings import Mode
@@ -205,6 +207,26 @@ def test_the_login_leads_nowhere_else(api: Api, next_page: str) -> None:
         "x",
         "console//evil",
     )
+
+
+def test_a_key_that_ends_ends_its_open_page(api: Api, others_request: str) -> None:
+    person = log_in(api)
+    with api.service.sessions() as session:
+        caller = Caller(person.key_id, frozenset(keys.SCOPES), {})
+        assert keys.in_force(session, person.key_id)
+    watch = _Watch(api.service, caller, others_request)
+    watch.look()
+    with api.service.sessions.begin() as session:
+        keys.revoke_key(session, person.key_id, actor="test")
+    with pytest.raises(Unauthenticated):
+        watch.look()
+
+
+def test_the_digest_of_the_active_set_is_for_those_who_may_read_it(api: Api) -> None:
+    with api.service.sessions() as session:
+        digest = active_set.read_active_set(session).digest
+    assert digest in log_in(api, "auditor").get("/").text
+    assert digest not in log_in(api, "metrics").get("/").text
 
 
 def test_a_key_that_ends_ends_its_sessions_at_once(api: Api) -> None:

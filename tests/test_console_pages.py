@@ -20,7 +20,7 @@ from sqlalchemy import event, func, insert, select
 from app import approval, job_queue, lifecycle
 from app.console.figures import checks, progress_of
 from app.console.playground import Shown, as_csv
-from app.console.uploads import Unreadable, mended, read_file, read_kept, read_pasted
+from app.console.uploads import MAX_ROWS, MENDABLE, Unreadable, mended, read_file, read_kept, read_pasted
 from app.settings import Settings
 from app.tables import AuditEntry, Prompt, RequestEvent, UnlearnRequest, new_id, utcnow
 
@@ -70,9 +70,7 @@ def test_a_file_with_bad_rows_is_mended_and_sent_once(
     assert [row[0] for row in json.loads(page.form()["kept"])] == ["line 2", "line 3"]
     # Mend one, leave one out, leave the third as it is.
     texts = page.form()["mend_text"]
-    again = page.form(
-        do="send", mend_label=["negative", "", ""], mend_text=[texts[0], "", texts[2]], mend_drop="line 6"
-    )
+    again = page.form(do="send", mend_label=["negative", "", ""], mend_text=[texts[0], "", texts[2]], mend_drop="1")
     answer = admin.post(NEW, again)
     assert answer.status_code == 200 and "1 row needs mending. The other 3 are kept." in words(answer)
     last = Markup(answer).form(do="send", mend_label="", mend_text="a short one")
@@ -152,6 +150,17 @@ def test_what_cannot_be_sent_comes_back_with_why(api: Api, admin: Person) -> Non
         NEW, content=b"x", headers={"Sec-Fetch-Site": "same-origin", "Content-Type": "multipart/form-data"}
     )
     assert broken.status_code == 400 and "cannot be read" in words(broken)
+    for charset in ("punycode", "unicode_escape", "undefined", "no-such"):
+        multipart = f'--x\r\nContent-Disposition: form-data; name="pasted"\r\n\r\n{"a" * 9}-9a\r\n--x--\r\n'.encode()
+        kind = f"multipart/form-data; boundary=x; charset={charset}"
+        refused = admin.client.post(
+            NEW, content=multipart, headers={"Sec-Fetch-Site": "same-origin", "Content-Type": kind}
+        )
+        assert refused.status_code == 400 and "not in UTF-8" in words(refused)
+    lines = "".join(f"{number}\n" for number in range(MENDABLE + 1))
+    answer = admin.post(NEW, form, files={"file": ("rows.jsonl", lines)})
+    assert "501 rows need mending, more than 500" in words(answer)
+    assert [text for _, text, _ in json.loads(Markup(answer).form()["kept"])] == []
     assert stored(api) == before
 
 
@@ -186,10 +195,22 @@ def test_rows_of_files_and_pastes() -> None:
     assert rows("a.jsonl", '{"text": "x", "label": {"a": 1}}\n')[0][3] == "the label must be a string"
     pasted = [(e.place, e.text, e.label) for e in read_pasted("a\n\nb c\tpositive\n \n")]
     assert pasted == [("pasted, line 1", "a", None), ("pasted, line 3", "b c", "positive")]
-    assert [(e.text, e.fault) for e in mended(["1", "2", "3"], [" a ", " ", "c"], ["", "", "x"], ["3"])] == [
+    assert [(e.text, e.fault) for e in mended(["1", "2", "3"], [" a ", " ", "c"], ["", "", "x"], ["2"])] == [
         ("a", None),
         ("", "the text must not be blank"),
     ]
+    # Places repeat, since two files have a line 3 each: only the one that was ticked is left out.
+    assert [e.text for e in mended(["line 3", "line 3"], ["kept", "dropped"], ["", ""], ["1"])] == ["kept"]
+    # What int() does not take, though isdigit() says so; and what no page could show.
+    assert rows("a.csv", "text,label\nfine,²\n")[0][:3] == ("line 2", "fine", "²")
+    assert rows("a.csv", f"text,label\nfine,{'9' * 5000}\n")[0][1] == "fine"
+    half = "must not contain half a surrogate pair"
+    assert rows("a.jsonl", '{"text": "a \\ud800 b"}\n')[0][1].isascii()
+    assert rows("a.jsonl", '{"text": "a", "label": "\\udfff"}\n') == [("line 1", "a", "?", half)]
+    assert read_kept('[["x", "\\ud800", null]]')[0].text == "?"
+    for too_many in (lambda: rows("a.jsonl", '"a"\n' * (MAX_ROWS + 1)), lambda: read_pasted("a\n" * (MAX_ROWS + 1))):
+        with pytest.raises(Unreadable, match="more than 16384 rows"):
+            too_many()
     for bad in ("[1]", "{}", '[["a"]]', "[", "[" * 100_000):
         if bad == "{}":
             assert read_kept(bad) == []

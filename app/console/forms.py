@@ -9,10 +9,12 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from app.deps import ServiceDep
-from app.errors import MalformedBody
+from app.errors import ClientGone, MalformedBody
 
 MAX_FIELDS = 4000
 
@@ -35,23 +37,28 @@ class Sent:
 
 
 async def _form(request: Request, service: ServiceDep) -> Sent:
-    """Raises MalformedBody, and what the body's limits raise."""
+    """Raises MalformedBody, ClientGone, and what the body's limits raise."""
     most = service.settings.max_body_bytes
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    # The parser would decode by whatever codec a client names: some take minutes for a few hundred kilobytes.
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise MalformedBody("the form is not in UTF-8")
     parser: MultiPartParser | FormParser
-    if kind == "multipart/form-data":
+    if kind == b"multipart/form-data":
         parser = MultiPartParser(
             request.headers, request.stream(), max_files=1, max_fields=MAX_FIELDS, max_part_size=most
         )
         parser.spool_max_size = most + 1  # else forget texts would reach a temporary file
-    elif kind == "application/x-www-form-urlencoded":
+    elif kind == b"application/x-www-form-urlencoded":
         parser = FormParser(request.headers, request.stream(), max_fields=MAX_FIELDS, max_part_size=most)
     else:
         raise MalformedBody("this is not a form")
     try:
         parsed = await parser.parse()
-    except MultiPartException:  # its message may hold a field's name
+    except (MultiPartException, UnicodeError):  # their messages may hold what was sent
         raise MalformedBody("the form cannot be read") from None
+    except ClientDisconnect:
+        raise ClientGone("the client has closed the connection") from None
     fields: dict[str, list[str]] = {}
     file = None
     try:

@@ -11,12 +11,13 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from app import lifecycle
+from app import keys, lifecycle
 from app.auth import Caller
 from app.console.access import ReaderPage
 from app.console.pages import fragment
 from app.console.request_page import ADDRESS, all_events, view_of
 from app.deps import RequestId, Service, ServiceDep
+from app.errors import Unauthenticated
 from app.keys import READS_ALL
 from app.routes.unlearn_requests import EVENT_PAGE, POLL_SECONDS, read_events
 from app.tables import RequestEvent
@@ -34,7 +35,12 @@ class _Watch:
     events: list[RequestEvent] = field(default_factory=list)
 
     def look(self) -> tuple[bool, str | None, str]:
-        """Whether more will come; ``progress`` or ``state`` where there is news; and the parts of the page for it."""
+        """Whether more will come; ``progress`` or ``state`` where there is news; and the parts of the page for it.
+
+        Raises Unauthenticated once the key behind the page is revoked or expired.
+        """
+        with self.service.sessions() as session:
+            keys.in_force(session, self.caller.key_id)
         kinds = set()
         goes_on, more = True, True
         while more:
@@ -67,7 +73,10 @@ def _known(
 async def live(watch: Annotated[_Watch, Depends(_known)], service: ServiceDep) -> AsyncIterator[ServerSentEvent]:
     """``progress`` and ``state``, each with the parts of the page that it changes, then ``done``."""
     while not service.stopping.is_set():
-        goes_on, kind, parts = await run_in_threadpool(watch.look)
+        try:
+            goes_on, kind, parts = await run_in_threadpool(watch.look)
+        except Unauthenticated:
+            return
         if kind is not None:
             yield ServerSentEvent(event=kind, raw_data=parts)
         if not goes_on:

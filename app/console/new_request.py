@@ -82,22 +82,30 @@ def _handle(request: Request, caller: Caller, form: Sent, service: Service) -> A
 def _read(service: Service, form: Sent) -> _Given:
     if form.one("do") == "clear":
         return _Given(form)
-    entries, unreadable = [], None
+    kept: list[Entry] = []
+    entries, unreadable = list[Entry](), None
     try:
-        entries += uploads.read_kept(form.one("kept"))
+        kept = uploads.read_kept(form.one("kept"))
     except Unreadable as error:
         unreadable = str(error)
     places, texts, labels, left_out = (
         form.all(name) for name in ("mend_place", "mend_text", "mend_label", "mend_drop")
     )
     entries += uploads.mended(places, texts, labels, left_out)
-    entries += uploads.read_pasted(form.one("pasted"))
-    if form.file is not None:
-        try:
+    try:
+        entries += uploads.read_pasted(form.one("pasted"))
+        if form.file is not None:
             entries += uploads.read_file(*form.file, service.serving.labels)
-        except Unreadable as error:
-            unreadable = str(error)
-    good, bad = uploads.examine(service.serving, entries)
+    except Unreadable as error:
+        unreadable = str(error)
+    good, bad = uploads.examine(service.serving, [*kept, *entries])
+    if len(bad) > uploads.MENDABLE:
+        first = f"{bad[0].place}: {bad[0].field}: {bad[0].fault}"
+        unreadable = (
+            f"{len(bad)} rows need mending, more than {uploads.MENDABLE}: mend them there. The first is {first}"
+        )
+        good, bad = uploads.examine(service.serving, kept)
+        bad = []
     return _Given(form, good, bad, unreadable)
 
 

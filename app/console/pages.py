@@ -129,21 +129,22 @@ def problem_page(
         return None
     asked = Request(scope).headers
     if isinstance(error, Unauthenticated) and path_of(scope) != LOGIN:
-        return _to_login(scope, asked)
+        return _to_login(scope, asked, {"Connection": headers["Connection"]} if "Connection" in headers else {})
     headers.pop("WWW-Authenticate", None)  # a browser would ask for a password
     return render(
         scope, "error.html", caller=known_caller(scope), status=problem["status"], headers=headers, problem=problem
     )
 
 
-def _to_login(scope: Scope, asked: Mapping[str, str]) -> Response:
+def _to_login(scope: Scope, asked: Mapping[str, str], kept: Mapping[str, str]) -> Response:
+    """``kept``: headers of the refusal, which closes a connection whose body nobody reads."""
     get = scope["method"] == "GET"
     up = "../" * (path_of(scope).count("/") - 1) or "./"
     address = up + login_address(path_of(scope)[1:] if get else "")
     if "hx-request" in asked:
-        return Response(status_code=401, headers={**HEADERS, "HX-Redirect": address})
+        return Response(status_code=401, headers={**HEADERS, **kept, "HX-Redirect": address})
     if get and asked.get("sec-fetch-site") == "cross-site":
         # Behind a link in an e-mail the browser keeps a strict cookie to itself; asked once more, by our own page, it
         # sends it.
-        return render(scope, "again.html", caller=None)
-    return RedirectResponse(address, status_code=303, headers=HEADERS)
+        return render(scope, "again.html", caller=None, headers=kept)
+    return RedirectResponse(address, status_code=303, headers={**HEADERS, **kept})

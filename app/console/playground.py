@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from app import active_set
 from app.auth import Caller
 from app.bulk_rows import text_rows
-from app.compare import Compared, compare
+from app.compare import Compared, a_turn, compare
 from app.console.access import ClassifyPage
 from app.console.forms import Form, checked
 from app.console.pages import HEADERS, render
@@ -90,8 +90,9 @@ def _answers(caller: Caller, service: Service, text: str) -> tuple[int, list[Sho
     assert body.texts is not None
     check_count("texts", len(body.texts), service.settings.max_classify_texts)
     service.rates.take_texts(caller.key_id, caller.limits, len(body.texts))
-    encoded = encode_texts(service.serving, [(f"texts[{i}]", one) for i, one in enumerate(body.texts)])
-    version, found = compare(service.serving, service.settings, encoded)
+    with a_turn():
+        encoded = encode_texts(service.serving, [(f"texts[{i}]", one) for i, one in enumerate(body.texts)])
+        version, found = compare(service.serving, service.settings, encoded)
     ids = sorted({prompt for one in found for prompt in one.prompts}) if caller.may("auditor", "admin") else []
     with service.sessions() as session:
         requests = {row.id: row.request_id for row in active_set.read_records(session, ids)}
