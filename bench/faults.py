@@ -174,6 +174,7 @@ def one_trial(fault: Fault, bench: Bench, site: Site | None, number: int, draw: 
 
 def summary(blocks: dict[str, dict[str, Any]], outcomes: Sequence[Outcome], **about: Any) -> dict[str, Any]:
     return {
+        "bench": "faults",
         "trials": len(outcomes),
         "failures": sum(outcome.failed for outcome in outcomes),
         "lost": sum(outcome.lost for outcome in outcomes),

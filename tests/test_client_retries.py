@@ -134,7 +134,7 @@ def test_a_killed_replica_costs_a_retry_and_no_error(replicas: tuple[Process, st
             assert served(other, key) == 0  # they stay with the one that answers
             process.kill()
             until(5)
-            assert served(other, key) >= 20
+            assert served(other, key) >= 16  # of each caller's five, one may have been answered before
         finally:
             stop.set()
             for thread in threads:
