@@ -6,8 +6,7 @@ BIN := $(VENV)/bin
 # Pinned here too: pip would otherwise pick the accelerator build, several GB, before it reads our other requirements.
 TORCH := torch==2.13.0
 
-# Tests that start processes wait for them most of the time, so one more than there are cores.
-JOBS := $(shell n=$$(($$(getconf _NPROCESSORS_ONLN) + 1)); echo $$((n > 4 ? 4 : n)))
+JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check audit format serve clean

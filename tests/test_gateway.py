@@ -206,7 +206,7 @@ def test_events_arrive_as_they_happen_and_a_client_that_leaves_is_noticed(gatewa
         with client.stream("GET", f"{path}/events") as stream:  # it is open until the request ends
             assert next(sse(stream.iter_lines()))["data"]["state"] == "pending"
         ended = rf"GET {path}/events 200"
-        wait_for(lambda: re.search(ended, gateway.site.logs()), "the end of the stream", seconds=10)
+        wait_for(lambda: re.search(ended, gateway.site.logs()), "the end of the stream", seconds=60)
         assert client.post(f"{path}/cancel").json()["state"] == "cancelled"
 
 

@@ -126,7 +126,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             except httpx2.TransportError:
                 return False
 
-        wait_for(ready, "Ray Serve", seconds=120)
+        wait_for(ready, "Ray Serve", seconds=400)
         yield Served(process, client, local, headers, prompt, temp / "session_latest" / "logs")
 
 

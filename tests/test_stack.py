@@ -380,4 +380,4 @@ def test_an_idle_service_forgets_a_revoked_prompt(database_url: str, tmp_path: P
             gc.collect()
             return [trace() for trace in found] == [None] * len(found)
 
-        wait_until(gone, seconds=10)
+        wait_until(gone)

@@ -53,7 +53,7 @@ def write_retain(path: Path, rows: int = 48) -> Path:
     return path
 
 
-def wait_for(probe: Callable[[], T | None], what: str, *, seconds: float = 60.0) -> T:
+def wait_for(probe: Callable[[], T | None], what: str, *, seconds: float = 180.0) -> T:
     """The first true answer of ``probe``. Raises AssertionError after ``seconds``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
