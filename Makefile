@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 # Pinned here too: pip would otherwise pick the accelerator build, several GB, before it reads our other requirements.
 TORCH := torch==2.13.0
 
-JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
-
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check audit format serve clean
 
@@ -32,7 +30,7 @@ demo: venv ## Forget one person's reviews, before and after (KEEP=1 leaves the s
 	$(BIN)/python -m bench.demo $(if $(filter-out 0,$(KEEP)),--keep) $(if $(PERSON),--person "$(PERSON)")
 
 test: venv ## Run all tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 check: venv ## Lint, format, types, import directions
 	$(BIN)/ruff check .
