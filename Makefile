@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check audit format serve clean
+.PHONY: help venv demo test check audit docs format serve clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ check: venv ## Lint, format, types, import directions
 
 audit: venv ## Look for known vulnerabilities in what is installed; write var/sbom.json
 	$(BIN)/python .ci/audit.py
+
+docs: venv ## Make the reference pages of the code, and build the site into var/site
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m sphinx -W --keep-going -q -d var/doctrees docs var/site
 
 format: venv ## Let ruff mend what it can
 	$(BIN)/ruff check --fix .

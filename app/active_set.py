@@ -16,7 +16,8 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import approval, audit, db, evidence, set_history, shredding
+from app import approval, audit, db, entry_facts, evidence, set_history, shredding
+from app.audit_chain import iso
 from app.errors import (
     Conflict,
     InvalidInput,
@@ -27,16 +28,7 @@ from app.errors import (
 )
 from app.lifecycle import CancelRequested, Claim, check_cursor, hold, lock_request, move
 from app.settings import Mode
-from app.tables import (
-    ActiveSet,
-    ForgetDigest,
-    GateSpace,
-    Prompt,
-    PromptState,
-    RequestState,
-    new_id,
-    utcnow,
-)
+from app.tables import ActiveSet, ForgetDigest, GateSpace, Prompt, PromptState, RequestState, utcnow
 from app.vault import Vault
 
 READ_CHUNK = 200  # prompts per statement: a row of a large model holds megabytes
@@ -70,6 +62,19 @@ class TrainedGate:
     data: bytes
     digest: str
     space: str
+
+
+@dataclass(frozen=True, repr=False)
+class SealedPrompt:
+    """What ``activate`` stores, made by ``app.sealing``. With a gate it is of mode ``routed``, else of the other."""
+
+    id: str
+    wrapped_key: bytes
+    digest: str
+    sealed: bytes
+    gate: TrainedGate | None
+    sealed_gate: bytes | None
+    sealed_canaries: bytes | None
 
 
 def set_digest(names: Iterable[str]) -> str:
@@ -197,60 +202,52 @@ def list_prompts(
 
 def activate(
     session: Session,
-    vault: Vault,
     claim: Claim,
+    prompt: SealedPrompt,
     *,
-    prompt: bytes,
-    digest: str,
     fingerprint: str,
     num_virtual_tokens: int,
     hidden_size: int,
     metrics: dict[str, Any],
     expected_version: int,
-    gate: TrainedGate | None = None,
-    canaries: Sequence[str] = (),
 ) -> Prompt:
     """Put a checked prompt in force and end the training: one short transaction.
 
-    With a gate it is one of mode ``routed``, without one of mode ``concatenate``. Raises LeaseLost (fenced off, or done
-    already), CancelRequested, StaleActiveSet (the set is not the one the prompt was checked on), Conflict (another
-    model's prompt, or one that waits for an approval).
+    It knows no vault: sealing asks the key store, and everybody's changes would wait behind its locks for an answer.
+    Raises LeaseLost (fenced off, or done already), CancelRequested, StaleActiveSet (the set is not the one the prompt
+    was checked on), Conflict (another model's prompt, one that waits for an approval, or another than was approved),
+    KeyDestroyed (its key was given up: seal it under another).
     """
-    if hashlib.sha256(prompt).hexdigest() != digest:
-        raise ValueError("digest is not the SHA-256 of the prompt's bytes")
-    if gate is not None and hashlib.sha256(gate.data).hexdigest() != gate.digest:
-        raise ValueError("digest is not the SHA-256 of the gate's bytes")
     request = hold(session, claim)
     if request.cancel_requested:
         raise CancelRequested("the request was cancelled before activation", request_id=request.id)
     if approval.needed(request):
         raise Conflict("nobody has approved the request yet", request_id=request.id)
+    if approval.approved_digest(session, request) not in (None, prompt.digest):
+        raise Conflict("what was approved is another prompt than this one", request_id=request.id)
     if request.fingerprint != fingerprint:
         raise Conflict("the prompt was trained for another model than the request", request_id=request.id)
     current = lock_active_set(session)
     if current.version != expected_version:
         raise StaleActiveSet("the active set has changed since the checks", version=current.version)
-    now = utcnow()
-    prompt_id = new_id("prm")
-    wrapped = vault.new_key()
+    now, gate = utcnow(), prompt.gate
+    shredding.use_key(session, prompt.wrapped_key)
     row = Prompt(
-        id=prompt_id,
+        id=prompt.id,
         request_id=request.id,
         state=PromptState.ACTIVE,
         position=(session.scalar(select(func.max(Prompt.position))) or 0) + 1,
         fingerprint=fingerprint,
         num_virtual_tokens=num_virtual_tokens,
         hidden_size=hidden_size,
-        digest=digest,
+        digest=prompt.digest,
         mode=Mode.CONCATENATE if gate is None else Mode.ROUTED,
         gate_digest=gate.digest if gate else None,
         gate_space=gate.space if gate else None,
-        wrapped_key=wrapped,
-        sealed=vault.seal(wrapped, prompt, aad=prompt_aad(prompt_id, digest)),
-        sealed_gate=vault.seal(wrapped, gate.data, aad=gate_aad(prompt_id, gate.digest)) if gate else None,
-        sealed_canaries=vault.seal(wrapped, json.dumps(list(canaries)).encode(), aad=canaries_aad(prompt_id, digest))
-        if canaries
-        else None,
+        wrapped_key=prompt.wrapped_key,
+        sealed=prompt.sealed,
+        sealed_gate=prompt.sealed_gate,
+        sealed_canaries=prompt.sealed_canaries,
         metrics=metrics,
         seconds_to_active=(now - request.created_at).total_seconds(),
         activated_at=now,
@@ -258,8 +255,9 @@ def activate(
     session.add(row)
     request.metrics = metrics
     version = bump(session, current, actor=claim.owner, checks=metrics, now=now)
-    detail = {"prompt_id": prompt_id, "prompt_digest": digest, "active_set_version": version}
-    move(session, request, RequestState.ACTIVE, actor=claim.owner, detail=detail, now=now)
+    detail = {"prompt_id": prompt.id, "prompt_digest": prompt.digest, "active_set_version": version}
+    facts = {"active_set_digest": current.digest, **entry_facts.of_prompt(row)}
+    move(session, request, RequestState.ACTIVE, actor=claim.owner, detail=detail, now=now, facts=facts)
     return row
 
 
@@ -295,6 +293,7 @@ def revoke_prompt(session: Session, prompt_id: str, *, actor: str, reason: str |
             "active_set_digest": current.digest,
             "code": code,
             "asked_by": prompt.revoke_asked_by,  # who agreed to it before, where two have to
+            "revoked_at": iso(now),
         },
     )
     detail = {"prompt_id": prompt.id, "active_set_version": version, "code": code}

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, aliased, sessionmaker
 
 from app import audit_export, db
 from app.audit_chain import (
@@ -36,13 +36,13 @@ __all__ = [
     "GENESIS",
     "AuditBroken",
     "append",
+    "check_about",
     "checkpoint",
     "checkpoint_document",
     "checkpoint_is_due",
     "entries_about",
     "entry_hash",
     "export",
-    "last_about",
     "list_entries",
     "newest_checkpoint",
     "verify",
@@ -95,6 +95,33 @@ def verify(session: Session, public_key: PublicKey | None = None) -> int:
         seq = chain.seq + 1
         raise AuditBroken(f"audit entry {seq} is missing: a checkpoint says that there were {promised}", seq=seq)
     return chain.seq
+
+
+def check_about(session: Session, *subjects: str) -> None:
+    """Each entry on these subjects is what its own hash says, and hangs between its neighbours. Raises AuditBroken.
+
+    As of one moment. That the whole chain holds, and that none is missing from it, is for ``verify``.
+    """
+    before, after = aliased(AuditEntry), aliased(AuditEntry)
+    last = select(func.max(AuditEntry.seq)).scalar_subquery()
+    query = (
+        select(
+            *AuditEntry.__table__.c, before.hash.label("hung_on"), after.prev_hash.label("held_by"), last.label("last")
+        )
+        .outerjoin(before, before.seq == AuditEntry.seq - 1)
+        .outerjoin(after, after.seq == AuditEntry.seq + 1)
+        .where(AuditEntry.subject.in_(subjects))
+        .order_by(AuditEntry.seq)
+    )
+    for row in session.execute(query).all():
+        seq = row.seq
+        names = ("seq", "at", "actor", "action", "subject", "detail")
+        if row.hash != entry_hash(row.prev_hash, **{name: getattr(row, name) for name in names}):
+            raise AuditBroken(f"audit entry {seq} was altered", seq=seq)
+        if row.prev_hash != (GENESIS if seq == 1 else row.hung_on):
+            raise AuditBroken(f"audit entry {seq} does not follow from the one before it", seq=seq)
+        if row.held_by != row.hash and (row.held_by is not None or seq < row.last):
+            raise AuditBroken(f"audit entry {seq + 1} does not follow from the one before it", seq=seq + 1)
 
 
 def checkpoint(session: Session, signer: Signer) -> AuditCheckpoint:
@@ -162,11 +189,6 @@ def list_entries(
 def entries_about(session: Session, *subjects: str) -> list[AuditEntry]:
     """All entries on these subjects, oldest first."""
     return list(session.scalars(select(AuditEntry).where(AuditEntry.subject.in_(subjects)).order_by(AuditEntry.seq)))
-
-
-def last_about(session: Session, subject: str) -> int | None:
-    """The newest entry on a subject: it moves with every change."""
-    return session.scalar(select(func.max(AuditEntry.seq)).where(AuditEntry.subject == subject))
 
 
 def export(sessions: sessionmaker[Session], signer: Signer, head: AuditCheckpoint) -> Iterator[bytes]:

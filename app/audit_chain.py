@@ -21,11 +21,15 @@ _HASHED = ("action", "actor", "at", "detail", "seq", "subject")
 
 
 class AuditBroken(LetheonError):
-    """The log is not what was written; ``extra['seq']`` is the first entry that is wrong, as far as can be told."""
+    """The log is not what was written; ``extra['seq']`` is the first entry that is wrong, as far as can be told.
+
+    Or a row of the state is not what the log says of it; then ``extra`` has its ``request_id``, ``api_key_id`` or, of
+    an active set, ``version``.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "audit-broken"
-    title: ClassVar[str] = "The audit log was altered"
+    title: ClassVar[str] = "The audit log, or what it tells of, was altered"
 
 
 class Chain:

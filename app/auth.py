@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
-from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
@@ -49,8 +49,8 @@ class Caller:
         return None if self.may(*unless) else self.key_id
 
 
-_CALLER = "letheon.caller"  # of a scope
-UNCOUNTED = "/classify"  # has a limit of its own, on texts
+_CALLER, _SECONDS = "letheon.caller", "letheon.caller-seconds"  # of a scope
+UNCOUNTED = ("/classify", "/console/logout")  # has a limit of its own, on texts; must always be possible
 
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -69,19 +69,26 @@ def known_caller(scope: Scope) -> Caller | None:
     return caller
 
 
-def admit(scope: Scope) -> None:
+def seconds_to_know(scope: Scope) -> float:
+    """How long it took to find out who asks; the time that a call allows counts it."""
+    seconds: float = scope.get(_SECONDS, 0.0)
+    return seconds
+
+
+async def admit(scope: Scope) -> None:
     """Before a body is read, whoever sends it: the key in the headers, for ``authorize``.
 
-    Raises Unauthenticated, RateLimited.
+    Raises Unauthenticated, RateLimited, Overloaded, Unavailable.
     """
     scheme, key = get_authorization_scheme_param(Headers(scope=scope).get("authorization"))
     credentials = HTTPAuthorizationCredentials(scheme=scheme, credentials=key) if scheme.lower() == "bearer" else None
-    _caller(scope["app"].state.service, presented_key(credentials), scope)
+    await _caller(scope["app"].state.service, presented_key(credentials), scope)
 
 
-def _caller(service: Service, presented: str, scope: Scope) -> Caller:
-    with service.sessions() as session:
-        key = keys.authenticate(session, presented)
+async def _caller(service: Service, presented: str, scope: Scope) -> Caller:
+    asked = time.monotonic()
+    key = await service.key_lookups.find(presented)
+    scope[_SECONDS] = time.monotonic() - asked
     return admitted(service, key, scope)
 
 
@@ -90,7 +97,7 @@ def admitted(service: Service, key: ApiKey, scope: Scope) -> Caller:
     caller = Caller(key.id, frozenset(key.scopes), key.limits or {})
     service.key_uses.note(caller.key_id)
     # Only once the key is known to be good: nobody else may use up what it is allowed.
-    if scope["path"].removeprefix(scope.get("root_path", "")) != UNCOUNTED:
+    if scope["path"].removeprefix(scope.get("root_path", "")) not in UNCOUNTED:
         service.rates.take_call(caller.key_id, caller.limits)
     scope[_CALLER] = caller  # a call is counted once
     return caller
@@ -102,13 +109,15 @@ async def authorize(
     service: ServiceDep,
     request: Request,
 ) -> Caller:
-    """The caller behind the presented key, which has one of the scopes. Raises Unauthenticated, RateLimited, Forbidden.
+    """The caller behind the presented key, which has one of the scopes.
+
+    Raises Unauthenticated, RateLimited, Forbidden, Overloaded, Unavailable.
 
     FastAPI adds up the scopes of nested dependencies: a dependency that asks for this one must not name more of them.
     """
     caller = known_caller(request.scope)
     if caller is None:
-        caller = await run_in_threadpool(_caller, service, presented_key(credentials), request.scope)
+        caller = await _caller(service, presented_key(credentials), request.scope)
     caller.require_any(any_of.scopes)
     return caller
 

@@ -6,7 +6,8 @@ in batches of half the size. So after a batch the thread waits, as long as calle
 batch's time at most, until as many are there as were there before: callers that come one at a time never wait for it.
 
 A queue that is longer than its callers wait would be worked off for nobody, each answer a little too late. So what a
-full batch takes is known, who would be answered too late is refused at once, and who got too late is left out.
+batch takes is learned (``app.pace``), who would be answered too late is refused at once, and who got too late is left
+out. A batch that is itself too late for all of its callers is given up at its next step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from app.errors import DeadlineExceeded, NotReady, Overloaded
+from app.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +51,12 @@ class Batcher(Generic[J, R]):
 
     An item is never split over batches, so one answer comes from one batch. Weights (``weigh(item)``) are counted
     against ``max_batch`` and ``max_queued``; a single heavier item is still taken, alone. A future that its caller
-    cancels leaves the queue, and its place is free at once; in a running batch it is computed for nobody.
+    cancels leaves the queue, and its place is free at once; in a running batch it is computed for nobody. The thread
+    has done ``begin()`` before anything is submitted.
 
-    Deadlines are moments of ``clock``. The pace is learned from batches of half of ``max_batch`` and more: lighter ones
-    say little of it. Until there was one, and when nothing else is there, an item is taken whatever the estimate.
+    Deadlines are moments of ``clock``. What batches take is learned from those of which every item ``teaches``, as
+    ``Pace`` says; one that ended, or was given up, too late for all of its callers counts for more. Until something is
+    known, and when nothing else is there, an item is taken whatever the estimate.
     """
 
     def __init__(
@@ -62,24 +66,30 @@ class Batcher(Generic[J, R]):
         weigh: Callable[[J], int],
         max_batch: int,
         max_queued: int,
+        teaches: Callable[[J], bool] = lambda item: True,
         name: str = "model",
+        begin: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._weigh, self._clock = run, weigh, clock
+        self._run, self._weigh, self._clock, self._begin = run, weigh, clock, begin
+        self._teaches = teaches
         self._max_batch, self._max_queued = max_batch, max_queued
         self._condition = threading.Condition()
         self._waiting: deque[_Job[J, R]] = deque()
         self._queued = 0  # weight of what waits
         self._reserved = 0  # weight of what will
         self._running_since: float | None = None
+        self._stepped = self._running_until = 0.0  # of the running batch: its last step, and the last of its deadlines
         self._running_weight = 0
-        self._seen = 0  # weight of the last batch and of what waited when it ended: as much may come again
+        self._seen = 0  # weight of the last batch that teaches and of what waited when it ended: as much may come again
         self._linger = self._linger_until = 0.0  # how long, and until when
         self._last_came = 0.0
-        self._rate = 0.0  # weight per second, smoothed; 0 while unknown
+        self._pace = Pace(max_batch)
         self._stopped: str | None = None  # why no job is taken any more
+        self._begun = threading.Event()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
+        self._begun.wait()
 
     @property
     def alive(self) -> bool:
@@ -102,6 +112,17 @@ class Batcher(Generic[J, R]):
         """Seconds that the batch of the moment has taken so far; 0 between batches."""
         since = self._running_since
         return self._clock() - since if since is not None else 0.0
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the batch of the moment began or made its last step; 0 between batches."""
+        return self._clock() - self._stepped if self._running_since is not None else 0.0
+
+    def step(self) -> None:
+        """For ``run``, between its parts. Raises DeadlineExceeded when nobody waits for the batch any more."""
+        self._stepped = self._clock()
+        if self._stepped > self._running_until:
+            raise DeadlineExceeded("so many texts take longer here than the time allowed")
 
     def submit(self, item: J, *, deadline: float = math.inf) -> Future[R]:
         """Queue an item; its future may carry DeadlineExceeded. Raises as ``place``."""
@@ -148,15 +169,14 @@ class Batcher(Generic[J, R]):
             raise NotReady(self._stopped)
         ahead = self._queued + self._reserved
         if ahead and ahead + weight > self._max_queued:
-            wait = ahead / self._rate if self._rate else 1
-            raise Overloaded("too many texts are waiting", retry_after=_seconds(wait))
+            raise Overloaded("too many texts are waiting", retry_after=_seconds(self._pace.seconds(ahead)))
         busy = self._running_since is not None
-        if not self._rate or not (ahead or busy):
+        if not (ahead or busy):
             return
-        if weight > self._rate * allowed:
+        if self._pace.seconds(weight) > allowed:
             raise DeadlineExceeded("so many texts take longer here than the time allowed", retry_after=1)
-        rest = max(0.0, self._running_weight - self._rate * self.running) if busy else 0.0
-        late = (ahead + rest + weight) / self._rate - (1 - SLACK) * allowed
+        rest = max(0.0, self._pace.seconds(self._running_weight) - self.running) if busy else 0.0
+        late = rest + self._pace.seconds(ahead + weight) - (1 - SLACK) * allowed
         if weight and late > 0:
             raise Overloaded(
                 "more texts are waiting than can be answered in the time allowed", retry_after=_seconds(late)
@@ -187,12 +207,15 @@ class Batcher(Generic[J, R]):
 
     def _loop(self) -> None:
         try:
+            self._begin()
+            self._begun.set()
             while batch := self._next_batch():
                 self._answer(batch)
         except BaseException as death:  # the thread's last words; its message might quote a text
             log.critical("the model thread died: %s", type(death).__name__)
         finally:
             self._stop("the model thread has died")
+            self._begun.set()
 
     def _next_batch(self) -> list[_Job[J, R]]:
         """What waits, up to ``max_batch``; blocks for the first job. Empty: time to end."""
@@ -208,7 +231,7 @@ class Batcher(Generic[J, R]):
                 while self._waiting and (not batch or weight + self._waiting[0].weight <= self._max_batch):
                     job = self._waiting[0]
                     left = min(urgent, job.deadline - self._clock())
-                    in_time = left > 0 and weight + job.weight <= (self._rate or math.inf) * left
+                    in_time = left > 0 and self._pace.seconds(weight + job.weight) <= left
                     if batch and not in_time:
                         break  # for the next batch, if there is time for that
                     self._waiting.popleft()
@@ -231,13 +254,17 @@ class Batcher(Generic[J, R]):
 
     def _answer(self, batch: list[_Job[J, R]]) -> None:
         weight = sum(job.weight for job in batch)
+        teaches = weight > 0 and all(self._teaches(job.item) for job in batch)
         started = self._clock()
+        self._stepped, self._running_until = started, max((j.deadline for j in batch if j.weight), default=math.inf)
         self._running_weight, self._running_since = weight, started
         try:
             results = self._run([job.item for job in batch])
             if len(results) != len(batch):
                 raise RuntimeError("run() must return one result per item")
         except Exception as error:  # reaches every caller; the loop goes on
+            if isinstance(error, DeadlineExceeded) and teaches:  # it would have taken longer
+                self._learn(weight, self._clock() - started, late=True, ended=False)
             for job in batch:
                 job.future.set_exception(error)
             return
@@ -247,16 +274,18 @@ class Batcher(Generic[J, R]):
             raise
         finally:
             self._running_since = None
-        if weight:
+        if teaches:
             ended = self._clock()
-            rate = weight / max(ended - started, 1e-6)
-            if 2 * weight >= self._max_batch or 0 < self._rate < rate:
-                self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+            self._learn(weight, ended - started, late=ended > self._running_until)
             self._seen = weight + self._queued
             self._linger = min(LINGER * (ended - started), MAX_LINGER_SECONDS)
             self._linger_until, self._last_came = ended + self._linger, ended
         for job, result in zip(batch, results, strict=True):
             job.future.set_result(result)
+
+    def _learn(self, weight: int, seconds: float, *, late: bool, ended: bool = True) -> None:
+        with self._condition:
+            self._pace.learn(weight, seconds, late=late, ended=ended)
 
 
 def _seconds(wait: float) -> int:

@@ -37,7 +37,7 @@ STYLESHEET = """\
   .c-axis { stroke: #52606d; }
   .c-grid { stroke: #d9dee4; }
   .c-limit { stroke: #b42318; }
-  .c-before { fill: #a8b2bd; }
+  .c-before { fill: #7d8995; }
   .c-after { fill: #1f5fa8; }
   .c-s1 { stroke: #1f5fa8; }
   .c-s2 { stroke: #b45309; }
@@ -47,7 +47,7 @@ STYLESHEET = """\
 """
 """What a page may take as it is: charts fit their column, and have colours of their own where it is dark."""
 
-_TEXT, _AXIS, _GRID, _LIMIT, _BEFORE, _AFTER = "#1f2933", "#52606d", "#d9dee4", "#b42318", "#a8b2bd", "#1f5fa8"
+_TEXT, _AXIS, _GRID, _LIMIT, _BEFORE, _AFTER = "#1f2933", "#52606d", "#d9dee4", "#b42318", "#7d8995", "#1f5fa8"
 _SERIES = ("#1f5fa8", "#b45309", "#0f766e", "#6d28d9")
 _DASHES = ("", "7 4", "2 3", "9 3 2 3")  # colour alone must not carry the meaning
 _SIZE = 12.0
@@ -55,6 +55,7 @@ _FAR = 1e12
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Point = tuple[float, float]
+Marker = Literal["circle", "ring", "triangle", "cross", "plus", "star"]
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,26 @@ class Dots:
 
     name: str
     points: Sequence[Point]
-    marker: Literal["circle", "cross"]
+    marker: Marker
 
 
-def line_chart(series: Sequence[Series], *, title: str, x: str, y: str) -> str:
-    """Lines over a common pair of axes, named ``x`` and ``y``; at most four are told apart."""
+def line_chart(
+    series: Sequence[Series], *, title: str, x: str, y: str, begin: float | None = None, small: bool = False
+) -> str:
+    """Lines over a common pair of axes, named ``x`` and ``y``; at most four are told apart.
+
+    ``begin``: the least of ``x`` that is shown, whatever the points are. ``small``: without a word or a number to see.
+    """
     lines = [(one.name, _drawable(one.points)) for one in series]
     everything = [point for _, points in lines for point in points]
     said = "; ".join(_line_said(name, points) for name, points in lines) or "No data."
-    head, top = _head(title, [_line_key(i, name) for i, (name, _) in enumerate(lines)] if len(lines) > 1 else [])
+    keys = [_line_key(i, name) for i, (name, _) in enumerate(lines)] if len(lines) > 1 else []
+    head, top = ([], -10.0) if small else _head(title, keys)
     if not everything:
         return _svg(title, said, [*head, _text(WIDTH / 2, top + 40, "no data", anchor="middle")], top + 80)
-    left, right, bottom = 64.0, WIDTH - 16.0, top + 250.0
-    x_ticks, y_ticks = _ticks([p[0] for p in everything], 8), _ticks([p[1] for p in everything], 5)
+    left, right, bottom = 1.0 if small else 64.0, WIDTH - (1.0 if small else 16.0), top + 250.0
+    xs = [p[0] for p in everything] + ([] if begin is None else [begin])
+    x_ticks, y_ticks = _ticks(xs, 8), _ticks([p[1] for p in everything], 5)
     across, up = _scale(x_ticks, left, right), _scale(y_ticks, bottom, top + 18)
     parts = [*head, _text(left, top + 6, y)]
     for tick in y_ticks:
@@ -109,9 +117,10 @@ def line_chart(series: Sequence[Series], *, title: str, x: str, y: str) -> str:
         parts += [_line(across(tick), bottom, across(tick), bottom + 5, "c-axis", _AXIS)]
         parts += [_text(across(tick), bottom + 19, _number(tick), anchor="middle")]
     parts += [_line(left, bottom, right, bottom, "c-axis", _AXIS), _text(right, bottom + 37, x, anchor="end")]
+    parts = [part for part in parts if not (small and part.startswith("<text"))]
     for i, (_, points) in enumerate(lines):
         parts += _polyline(i, [(across(a), up(b)) for a, b in points])
-    return _svg(title, f"{y} over {x}. {said}", parts, bottom + 46)
+    return _svg(title, f"{y} over {x}. {said}", parts, bottom + (6 if small else 46))
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
@@ -144,12 +153,15 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
     return _svg(title, said, parts, bottom + 26)
 
 
-def scatter_chart(groups: Sequence[Dots], *, title: str, caption: str) -> str:
-    """Clouds of points on axes without a scale, both stretched alike; ``caption`` stands below."""
+def scatter_chart(groups: Sequence[Dots], *, title: str, caption: str, small: bool = False) -> str:
+    """Clouds of points on axes without a scale, both stretched alike; ``caption`` stands below.
+
+    ``small``: without a word to see.
+    """
     clouds = [(one, _drawable(one.points)) for one in groups]
     everything = [point for _, points in clouds for point in points]
-    keys = [(_cloud(i, one.marker, [(7.0, -4.0)]), one.name) for i, (one, _) in enumerate(clouds)]
-    head, top = _head(title, keys)
+    keys = [(_cloud(i, one.marker, [(9.0, -4.0)], size=1.8), one.name) for i, (one, _) in enumerate(clouds)]
+    head, top = ([], 1.0) if small else _head(title, keys)
     left, right, bottom, margin = 1.0, WIDTH - 1.0, top + 380.0, 14.0
     parts = [*head, _frame(left, top, right, bottom)]
     if everything:
@@ -166,33 +178,10 @@ def scatter_chart(groups: Sequence[Dots], *, title: str, caption: str) -> str:
             parts += [_cloud(i, one.marker, spots)] if spots else []
     else:
         parts += [_text(WIDTH / 2, (top + bottom) / 2, "no data", anchor="middle")]
-    lines = _wrap(caption, 100)
+    lines = [] if small else _wrap(caption, 100)
     parts += [_text(left, bottom + 20 + 16 * i, line) for i, line in enumerate(lines)]
     counts = ", ".join(f"{one.name}: {len(points)} points" for one, points in clouds) or "no data"
-    return _svg(title, f"{counts}. {caption}", parts, bottom + 12 + 16 * len(lines))
-
-
-def roc_chart(points: Sequence[Point], *, auc: float, title: str) -> str:
-    """True positives over false positives, rates 0..1, and the line of a coin; ``auc``: the area under the curve."""
-    curve = [(min(1.0, max(0.0, a)), min(1.0, max(0.0, b))) for a, b in _drawable(points)]
-    area = f"area under the curve {auc:.3f}" if math.isfinite(auc) else "area under the curve unknown"
-    head, top = _head(title, [])
-    left, size = 64.0, 320.0
-    right, bottom = left + size, top + 18 + size
-    parts = [*head, _text(left, top + 6, "true positives")]
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, y = left + tick * size, bottom - tick * size
-        parts += [_line(left, y, right, y, "c-grid", _GRID), _line(x, bottom - size, x, bottom, "c-grid", _GRID)]
-        parts += [_text(left - 8, y + 4, percent(tick), anchor="end")]
-        parts += [_text(x, bottom + 19, percent(tick), anchor="middle")]
-    parts += [_line(left, bottom, right, bottom - size, "c-axis", _AXIS, dash="4 4")]
-    parts += [_frame(left, bottom - size, right, bottom)]
-    parts += _polyline(0, [(left + a * size, bottom - b * size) for a, b in curve])
-    parts += [_text(right, bottom + 37, "false positives", anchor="end")]
-    beside = [area, "0.5 (dashed) is guessing"] if curve else ["no data"]
-    parts += [_text(right + 24, bottom - size + 16 + 18 * i, line) for i, line in enumerate(beside)]
-    said = f"{area[0].upper()}{area[1:]}; 0.5 is guessing. {len(curve)} points."
-    return _svg(title, said, parts, bottom + 46)
+    return _svg(title, f"{counts}. {caption}", parts, bottom + (1 if small else 12 + 16 * len(lines)))
 
 
 def percent(rate: float) -> str:
@@ -303,14 +292,26 @@ def _polyline(number: int, points: Sequence[Point]) -> list[str]:
     return [f'<path class="{name}" d="{path}" fill="none" stroke="{colour}" {look}/>']
 
 
-def _cloud(number: int, marker: Literal["circle", "cross"], points: Sequence[Point]) -> str:
-    """All points of a group as one path: a circle is a line of no length with a round end."""
+def _cloud(number: int, marker: Marker, points: Sequence[Point], *, size: float = 1.0) -> str:
+    """All points of a group as one path: a circle is a line of no length with a round end, every other mark is drawn.
+
+    ``size``: of a mark, in a legend that has room for larger ones.
+    """
     name, colour = f"c-s{number % 4 + 1}", _SERIES[number % 4]
+    arm, whole = _at(3 * size), _at(6 * size)
     if marker == "circle":
-        path, look = "".join(f"M{_at(x)} {_at(y)}h0" for x, y in points), 'stroke-width="5" stroke-linecap="round"'
+        look = f'stroke-width="{_at(5 * size)}" stroke-linecap="round"'
+        left, up, mark = 0.0, 0.0, "h0"
     else:
-        path = "".join(f"M{_at(x - 3)} {_at(y - 3)}l6 6m0 -6l-6 6" for x, y in points)
-        look = 'stroke-width="1.5"'
+        look = f'stroke-width="{_at(1.5 * size**0.5)}"'
+        left, up, mark = {
+            "ring": (3.0, 0.0, f"a{arm} {arm} 0 1 0 {whole} 0a{arm} {arm} 0 1 0 -{whole} 0"),
+            "triangle": (3.0, -3.0, f"h{whole}l-{arm} -{whole}z"),
+            "cross": (3.0, 3.0, f"l{whole} {whole}m0 -{whole}l-{whole} {whole}"),
+            "plus": (3.0, 0.0, f"h{whole}m-{arm} -{arm}v{whole}"),
+            "star": (3.0, 3.0, f"l{whole} {whole}m0 -{whole}l-{whole} {whole}m0 -{arm}h{whole}"),
+        }[marker]
+    path = "".join(f"M{_at(x - left * size)} {_at(y - up * size)}{mark}" for x, y in points)
     return f'<path class="{name}" d="{path}" fill="none" stroke="{colour}" stroke-opacity="0.8" {look}/>'
 
 

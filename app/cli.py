@@ -59,7 +59,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     from app.main import create_app, make_server
 
-    server = make_server(create_app(settings), settings)
+    server = make_server(create_app(settings, alone=True), settings)
     # The server restores these handlers when it is done and raises the signal again. By then it is dealt with.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

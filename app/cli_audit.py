@@ -44,13 +44,17 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove chain, checkpoints and signatures. Exit status 1 and the first wrong entry when they do not hold."""
+    """Prove chain, checkpoints and signatures; of the configured database also that its requests, prompts and active
+    set are what the log says. Exit status 1 and the first thing that is wrong when they do not hold.
+    """
     if file is None:
         if public_key is not None or against is not None:
             raise InvalidInput("--public-key and --against are about a file: make one with `letheon audit export`")
         with local_session(get_settings()) as session:
             entries = verify_audit(session, Vault.from_settings(get_settings()))
-        emit({"entries": entries}) if as_json else note(f"{entries} entries, chain and checkpoints intact")
+        emit({"entries": entries}) if as_json else note(
+            f"{entries} entries, chain and checkpoints intact, and the state is what they say"
+        )
         return
     key = _key(public_key)
     with _reading(file) as lines:

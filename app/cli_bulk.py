@@ -152,7 +152,8 @@ def _into_file(
         try:
             run(rows, write)
         except (LetheonError, LetheonClientError, KeyboardInterrupt):
-            bar.says(f"{output} has {tally.rows:,} rows; the same command again goes on behind them")
+            again = "without --overwrite " if overwrite else ""  # with it they would be lost
+            bar.says(f"{output} has {tally.rows:,} rows; the same command again {again}goes on behind them")
             raise
         finally:
             sync(now=True)

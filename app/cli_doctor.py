@@ -16,7 +16,7 @@ from kombu.exceptions import KombuError
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import audit, broker, db
+from app import audit_state, broker, db
 from app.cli_output import JsonOption, emit, print_table
 from app.cli_remote import make_client
 from app.defaults import resolve_model, resolve_retain
@@ -26,6 +26,8 @@ from app.keystore import KeyStore
 from app.settings import Settings, get_settings
 from app.signing_key import verify_audit
 from app.vault import Vault
+
+_AS_LOGGED = "chain intact, and the state is what it says"
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ def _audit(settings: Settings) -> tuple[str, str]:
     try:
         with db.make_sessions(engine)() as session:
             if settings.master_key is None and not (settings.home / "master.key").exists():  # asking would make one
-                return "ok", f"{audit.verify(session)} entries, chain intact; signatures need the master key"
-            return "ok", f"{verify_audit(session, Vault.from_settings(settings))} entries, chain intact"
+                return "ok", f"{audit_state.verify(session)} entries, {_AS_LOGGED}; signatures need the master key"
+            return "ok", f"{verify_audit(session, Vault.from_settings(settings))} entries, {_AS_LOGGED}"
     finally:
         engine.dispose()
 

@@ -18,7 +18,7 @@ from app.errors import InvalidInput
 from app.report_schemas import ReportFormat
 from app.settings import get_settings
 from letheon_client import ONCE, ForgetText, InvalidAddress, Letheon, Retry, TrainingOptions
-from letheon_client.types import RequestState, UnlearnRequest
+from letheon_client.types import RequestFilter, RequestState, UnlearnRequest
 
 CLASSIFY_BATCH = 64
 _CLASSIFY_RETRY = Retry(first_delay=0.1)  # many texts wait for their turn
@@ -109,13 +109,26 @@ def submit(
 @requests.command("list")
 def list_requests(
     state: Annotated[RequestState | None, typer.Option(help="Only requests in this state.")] = None,
+    id_prefix: Annotated[str | None, typer.Option("--id", help="Only ids that begin so, such as req_019aa5.")] = None,
+    asked_by: Annotated[str | None, typer.Option(help="Only what this API key asked for (its id).")] = None,
+    received_from: Annotated[str | None, typer.Option(help="Received then or later: 2026-11-01T00:00:00Z.")] = None,
+    received_before: Annotated[str | None, typer.Option(help="Received before that.")] = None,
+    due_before: Annotated[str | None, typer.Option(help="Not yet in force or over, and due before that.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
     cursor: Annotated[str | None, typer.Option(help="next_cursor of the page before.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Requests, newest first."""
+    """Requests, newest first. All that is given must hold."""
+    given = {
+        "id_prefix": id_prefix,
+        "api_key_id": asked_by,
+        "received_from": received_from,
+        "received_before": received_before,
+        "due_before": due_before,
+    }
+    where = cast(RequestFilter, {name: value for name, value in given.items() if value is not None})
     with make_client() as client:
-        page = client.list_requests(limit=limit, cursor=cursor, state=state)
+        page = client.list_requests(limit=limit, cursor=cursor, state=state, **where)
     if as_json:
         emit(page)
         return
@@ -236,8 +249,8 @@ def classify(
     letheon_error where it cannot be classified; fields of these names in the input are an earlier run's and give way.
     CSV needs a header and keeps its columns; JSON lines written as CSV have the fields of the first 100 rows.
 
-    Run the same command again after an interruption, of whatever kind: it goes on where it stopped. What it was asked
-    is kept in OUTPUT.run.json.
+    Run the same command again after an interruption, of whatever kind: it goes on where it stopped. (Not with
+    --overwrite, which begins again each time.) What it was asked is kept in OUTPUT.run.json.
 
     Exit status: 0 every row is answered, 1 stopped with an error, 3 done, but some rows have a letheon_error,
     130 interrupted.

@@ -31,6 +31,10 @@ MIGRATIONS = Path(__file__).resolve().parent.parent / "alembic"
 UNANSWERED = (OperationalError, InterfaceError, PoolTimeout)
 """What a database says when it restarts, is locked, is full or cannot be reached."""
 BUSY_SECONDS = 30.0
+LOCK_SECONDS = 2.0
+"""For a lock, of reads that calls and probes wait for: a migration's may last for minutes."""
+SILENCE_SECONDS = 3.0
+"""Of the server, for the same reads: longer, so that it ends by itself what it can."""
 _RETRY_SECONDS = 0.01
 _EMPTY_LOG_SECONDS = 0.5
 KEEP_TEXTS = "keep_texts"
@@ -48,7 +52,12 @@ def make_engine(url: str, *, busy_seconds: float = BUSY_SECONDS, **pool: Any) ->
     # hide_parameters: a failing statement would otherwise put its values into the exception's message.
     options: dict[str, Any] = {"hide_parameters": True, **pool}
     if backend in ("postgresql", "postgres"):
-        return create_engine(parsed, pool_pre_ping=True, **options)
+        from app import pg
+
+        options["connect_args"] = pg.connect_args(parsed) | options.get("connect_args", {})
+        engine = create_engine(parsed, pool_pre_ping=True, **options)
+        pg.listen(engine)
+        return engine
     if backend != "sqlite":
         raise ValueError(f"unsupported database {backend!r}: use sqlite or postgresql")
     if parsed.database and parsed.database != ":memory:":
@@ -86,8 +95,7 @@ def make_sessions(engine: Engine, *, keep_texts: timedelta = timedelta()) -> ses
     """``keep_texts``: for how long forget texts stay sealed after their request is active or ended."""
     sessions = sessionmaker(engine, expire_on_commit=False, info={KEEP_TEXTS: keep_texts})
     if engine.dialect.name == "sqlite":
-        # Not from the engine's pool: the committing session still holds its own connection, and others wait for one.
-        own = create_engine(engine.url, poolclass=NullPool, connect_args={"timeout": _EMPTY_LOG_SECONDS})
+        own = _apart(engine)
         event.listen(sessions, "after_commit", lambda session: _empty_log(session, own))
     return sessions
 
@@ -100,17 +108,48 @@ def note_shredding(session: Session) -> None:
 def _empty_log(session: Session, engine: Engine) -> None:
     """SQLite's write-ahead log keeps the old pages, keys included, until something else happens to overwrite them.
 
-    A reader that is in the way leaves it to the next shredding, or to the last connection's end.
+    A reader that is in the way leaves it to the next shredding, to the last connection's end, or to ``empty_log``.
     """
     if not session.info.pop(_SHREDDED, False):
         return
     try:
         with engine.connect() as connection:
-            busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
-        if busy:
-            log.info("the write-ahead log is in use and is emptied later")
+            if _checkpoint(connection, "TRUNCATE"):
+                log.info("the write-ahead log is in use and is emptied later")
     except DBAPIError as error:  # the commit itself has happened
         log.warning("the write-ahead log was not emptied (%s)", type(error).__name__)
+
+
+def empty_log(sessions: sessionmaker[Session]) -> bool:
+    """Empty SQLite's write-ahead log, whoever left something in it: whether nothing is left.
+
+    For the reaper: a reader may have been in the way of a shredding, or the process died behind its commit. Writers
+    wait for a checkpoint that waits for readers, so it is not begun while one still reads what was before.
+    """
+    engine: Engine = sessions.kw["bind"]
+    file = engine.url.database
+    if engine.dialect.name != "sqlite" or not file or not _has_content(Path(f"{file}-wal")):
+        return True
+    with _apart(engine).connect() as connection:
+        return not _checkpoint(connection, "PASSIVE") and not _checkpoint(connection, "TRUNCATE")
+
+
+def _has_content(file: Path) -> bool:
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _checkpoint(connection: Connection, mode: str) -> bool:
+    """Whether something was in the way."""
+    busy, pages, copied = connection.exec_driver_sql(f"PRAGMA wal_checkpoint({mode})").one()
+    return bool(busy) or copied < pages
+
+
+def _apart(engine: Engine) -> Engine:
+    """For checkpoints. Not from the engine's pool: who commits still holds one of its connections, and others wait."""
+    return create_engine(engine.url, poolclass=NullPool, connect_args={"timeout": _EMPTY_LOG_SECONDS})
 
 
 def begin_write(session: Session) -> None:
@@ -123,6 +162,35 @@ def begin_write(session: Session) -> None:
         driver: Any = connection.connection.driver_connection
         if not driver.in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def impatient(session: Session) -> None:
+    """What this transaction reads, calls and probes wait for: it ends within seconds, with one of ``UNANSWERED``,
+    where the database hangs.
+
+    By default PostgreSQL waits for ever: for a lock, and for a server that says nothing. SQLite has a busy timeout.
+    """
+    hurry(session.connection())
+
+
+def hurry(connection: Connection) -> None:
+    """The same for the transaction that a connection is in, or begins with this."""
+    if connection.dialect.name != "sqlite":
+        driver: Any = connection.connection.driver_connection
+        driver.silence = SILENCE_SECONDS  # until the connection is back in the pool
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(1000 * LOCK_SECONDS)}")
+
+
+@contextmanager
+def snapshot(session: Session) -> Iterator[Session]:
+    """A session beside this one whose statements all read as of one moment; nothing that is not committed yet."""
+    with session.get_bind().engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN")  # deferred: it takes no lock, and from the first read on nothing moves
+        else:
+            connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with Session(connection) as still:
+            yield still
 
 
 @contextmanager

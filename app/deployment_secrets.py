@@ -39,10 +39,13 @@ def find(session: Session, vault: Vault, name: str) -> bytes | None:
 
 
 def add(session: Session, vault: Vault, name: str, secret: bytes) -> bool:
-    """Store it unless there is one by now; says whether this one is the one."""
-    db.begin_write(session)
-    wrapped = vault.new_key()
+    """Store it unless there is one by now; says whether this one is the one. Raises KeyStoreAway.
+
+    Where it is not, its key's share is left behind, and opens nothing: that is once in the life of a deployment.
+    """
+    wrapped = vault.new_key()  # before anything is locked
     stored = wrapped + vault.seal(wrapped, secret, aad=_aad(name))
+    db.begin_write(session)
     dialect: Any = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     # PostgreSQL waits here for another transaction that inserts the same name, and then sees its row.
     row = dialect.insert(Secret).values(name=name, wrapped=stored, created_at=utcnow()).on_conflict_do_nothing()

@@ -18,6 +18,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.dry_run import DryRuns
 from app.errors import NotFound
+from app.event_streams import EventStreams
+from app.key_lookups import KeyLookups
 from app.key_uses import KeyUses
 from app.metrics import Metrics
 from app.rate_limits import RateLimits
@@ -33,6 +35,7 @@ class Service:
 
     settings: Settings
     engine: Engine
+    readers: Engine  # for keys and the active set alone
     sessions: sessionmaker[Session]
     vault: Vault
     celery: Celery
@@ -40,7 +43,9 @@ class Service:
     metrics: Metrics
     scrapes: Scrapes
     rates: RateLimits
+    streams: EventStreams
     key_uses: KeyUses
+    key_lookups: KeyLookups
     dry_runs: DryRuns
     stopping: asyncio.Event  # set when the server begins to shut down: event streams end
 

@@ -118,7 +118,7 @@ class NotReady(LetheonError):
 
 
 class Busy(NotReady):
-    """Not ready for now, and nothing is broken."""
+    """Not ready for now, and a new process would be no more so."""
 
 
 class KeyStoreAway(NotReady):
@@ -128,7 +128,7 @@ class KeyStoreAway(NotReady):
 
 
 class Stuck(LetheonError):
-    """The model thread is gone or does not come back: only a new process helps."""
+    """The model thread is gone or does not come back, or its device is lost: only a new process helps."""
 
     status, code, title = 503, "stuck", "The model thread does not run"
 

@@ -9,7 +9,8 @@ commits.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -25,10 +26,14 @@ _OLDER = "the request has no evidence: LETHEON_EVIDENCE_TEXTS was 0, or the vers
 
 @dataclass(frozen=True, repr=False)
 class Found:
-    """What a worker made; ``document`` None: it could not, and ``absent`` is the kind of what went wrong."""
+    """What a worker made; ``document`` None: it could not, and ``absent`` is the kind of what went wrong.
+
+    ``held_out``: figures on texts that nobody asked to forget and the model was never trained on, where there are any.
+    """
 
     document: dict[str, Any] | None
     absent: str | None = None
+    held_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -38,21 +43,33 @@ class Found:
         attack = self.document["membership"]
         before, after = ({name: attack[view][name] for name in _MEASURES} for view in ("base", "served"))
         counts = {name: attack[name] for name in ("members", "others", "non_members")}
-        return {"membership": {**counts, "before": before, "after": after}}
+        return {"membership": {**counts, "before": before, "after": after}, **self.held_out}
 
 
-def save(session: Session, vault: Vault, request_id: str, wrapped: bytes | None, found: Found | None) -> None:
-    """Keep it in place of what there was, sealed under ``wrapped``; None: there is none any more. Raises VaultError."""
+@dataclass(frozen=True, repr=False)
+class Sealed:
+    """As it is stored; ``data`` None where it could not be made."""
+
+    data: bytes | None
+    absent: str | None
+
+
+def seal(vault: Vault, request_id: str, wrapped: bytes, found: Found | None) -> Sealed | None:
+    """For ``save``, and before anything is locked: the key store is asked. Raises VaultError, KeyStoreAway."""
     if found is None:
+        return None
+    if found.document is None:
+        return Sealed(None, found.absent)
+    data = json.dumps(found.document, separators=(",", ":"), allow_nan=False).encode()
+    return Sealed(vault.seal(wrapped, data, aad=aad(request_id)), None)
+
+
+def save(session: Session, request_id: str, sealed: Sealed | None) -> None:
+    """Keep it in place of what there was; None: there is none any more."""
+    if sealed is None:
         drop(session, request_id)
         return
-    sealed = None
-    if found.document is not None:
-        if wrapped is None:
-            raise KeyDestroyed("the key that the evidence was to be sealed under is destroyed")
-        data = json.dumps(found.document, separators=(",", ":"), allow_nan=False).encode()
-        sealed = vault.seal(wrapped, data, aad=aad(request_id))
-    session.merge(Evidence(request_id=request_id, created_at=utcnow(), sealed=sealed, absent=found.absent))
+    session.merge(Evidence(request_id=request_id, created_at=utcnow(), sealed=sealed.data, absent=sealed.absent))
 
 
 def drop(session: Session, request_id: str) -> None:
@@ -89,6 +106,13 @@ def read(session: Session, vault: Vault, request: UnlearnRequest) -> dict[str, A
     except KeyDestroyed:  # revoked since the row was read, or before the backup that this database comes from
         raise _none(RequestState.REVOKED) from None
     return {"request_id": request.id, "created_at": row.created_at, **json.loads(data)}
+
+
+def list_sealed(session: Session, *, limit: int) -> list[UnlearnRequest]:
+    """Requests whose evidence is there to look at, newest first."""
+    query = select(UnlearnRequest).join(Evidence, Evidence.request_id == UnlearnRequest.id)
+    query = query.where(Evidence.sealed.is_not(None)).order_by(Evidence.request_id.desc()).limit(limit)
+    return list(session.scalars(query))
 
 
 def _none(state: RequestState) -> Conflict:

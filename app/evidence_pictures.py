@@ -1,4 +1,7 @@
-"""The pictures of a request's evidence (``app.evidence``), from its document alone: the same bytes every time."""
+"""The pictures of a request's evidence (``app.evidence``), from its document alone: the same bytes every time.
+
+``small``: the same without a word to see, for lists.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,22 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.charts import WIDTH, Dots, Series, line_chart, scatter_chart
+from app.charts import WIDTH, Dots, Marker, Series, line_chart, scatter_chart
 
 _GAP = 0.12  # between the two halves, of their width
 _FRAME = re.compile(r'd="M1 ([\d.]+)H639V([\d.]+)H1Z"')  # the chart's, which gets a line down its middle
 
+NO_PROOF = "A picture is no proof: distances between clusters, and their sizes, mean nothing in it."
+SOLID, DASHED = "solid: before, the base model", "dashed: after, with the request in force"
+"""What the lines of the attack are, where a picture has no words; ``app.charts`` dashes the second line."""
+# Strokes are of the texts to forget, closed shapes of the others; which of them says the label, as the colour does.
+_MARKERS: dict[str, tuple[Marker, ...]] = {
+    "forget": ("cross", "plus", "star"),
+    "retain": ("circle", "ring", "triangle"),
+}
 
-def embedding_svg(document: Mapping[str, Any]) -> str:
+
+def embedding_svg(document: Mapping[str, Any], *, small: bool = False) -> str:
     """The bare model on the left, the request in force on the right, on one scale: a text that stayed is where it was.
 
     Drawn in one chart, the right half shifted, so that both have the same scale.
@@ -23,11 +35,12 @@ def embedding_svg(document: Mapping[str, Any]) -> str:
     # So far that the middle of the chart, where the line will be, is between the halves.
     shift = max(2 * left[-1] - left[0] - right[-1], left[0] + right[-1] - 2 * right[0])
     shift += _GAP * max(left[-1] - left[0], right[-1] - right[0])
+    labels = sorted({one["label"] for one in clusters}, key=lambda label: (label is None, label))
     groups = [
         Dots(
             name=f"{one['set']}, {one['label'] if one['label'] is not None else 'no label'} ({len(one['base'])})",
             points=[*_points(one["base"]), *((x + shift, y) for x, y in _points(one["served"]))],
-            marker="cross" if one["set"] == "forget" else "circle",
+            marker=_MARKERS[one["set"]][labels.index(one["label"]) % 3],
         )
         for one in clusters
     ]
@@ -35,13 +48,14 @@ def embedding_svg(document: Mapping[str, Any]) -> str:
     caption = (
         "t-SNE of the last hidden states at the position that predicts the label, both models on one plane. "
         f"{found['moved']} of the {shown} texts are answered behind the prompt; the others are where they were. "
-        "A picture is no proof: distances between clusters, and their sizes, mean nothing in it."
+        f"{NO_PROOF}"
     )
-    chart = scatter_chart(groups, title="Left: the base model. Right: with the request in force.", caption=caption)
+    title = "Left: the base model. Right: with the request in force."
+    chart = scatter_chart(groups, title=title, caption=caption, small=small)
     return _FRAME.sub(rf'd="M1 \1H639V\2H1ZM{WIDTH // 2} \1V\2"', chart, count=1)
 
 
-def membership_svg(document: Mapping[str, Any]) -> str:
+def membership_svg(document: Mapping[str, Any], *, small: bool = False) -> str:
     """ROC curves of the membership attack before and after, and the line of guessing."""
     found = document["membership"]
     lines = [
@@ -54,6 +68,7 @@ def membership_svg(document: Mapping[str, Any]) -> str:
         title=f"Membership attack: {found['members']} forget texts against {found['others']} {others} texts",
         x=f"{others} texts taken for forget texts, share",
         y="forget texts recognised, share",
+        small=small,
     )
 
 

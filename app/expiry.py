@@ -31,12 +31,16 @@ def due(session: Session, now: datetime | None = None) -> list[str]:
     return list(session.scalars(query))
 
 
-def expire(session: Session, request_id: str) -> bool:
-    """End one that is due; False when somebody else did, or it has just become active and its turn comes again.
+def expire(session: Session, request_id: str, now: datetime | None = None) -> bool:
+    """End one that is due; False when somebody else did, when it has just become active and its turn comes again, and
+    when it is not due: a clock may have been set back since it was found.
 
     A transaction for each: the active set is locked for one revocation, and several workers may do this at once. No
     second person is asked: the end was part of what was asked for. Raises NotReady.
     """
+    end = session.scalar(select(UnlearnRequest.expires_at).where(UnlearnRequest.id == request_id))  # never changes
+    if end is None or end > (now or utcnow()):
+        return False
     prompt_id = session.scalar(select(Prompt.id).where(Prompt.request_id == request_id))
     if prompt_id is not None:
         try:

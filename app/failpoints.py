@@ -48,6 +48,7 @@ STEPS = (
     "texts.read",  # the forget texts are in the worker's memory
     "train.step",
     "train.done",  # not yet said to anyone
+    "prompt.sealed",  # its key's share is made, and nothing is in force yet
     "create.rung",  # the broker has the message, the client no answer yet
     "shares.pending",  # what shreds is committed, and its key shares are not destroyed yet
     "shares.destroyed",  # and the database still says that they are to be

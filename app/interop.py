@@ -13,7 +13,7 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from app import active_set, audit, job_queue, lifecycle, quotas, zip_files
+from app import active_set, audit, lifecycle, quotas, zip_files
 from app.errors import Conflict, InvalidInput, NotReady, VaultError
 from app.lifecycle import ForgetText
 from app.pull import model_path
@@ -49,17 +49,23 @@ def export_prompt(
 
     Raises NotFound, Conflict when it was revoked or is of another model than ``llm``, NotReady when it does not open.
     """
-    active_set.lock_active_set(session)  # as a revoke does: after one that was acknowledged nothing is exported
-    row = active_set.get_prompt(session, prompt_id)
-    if row.state == PromptState.REVOKED:
-        raise Conflict("the prompt was revoked, and is gone", state=row.state)
+    row = _not_revoked(session, prompt_id)
     if row.fingerprint != llm.fingerprint:
         raise Conflict("the prompt is of another model than the one that this service runs")
-    prompt = _open(vault, row, llm)
+    prompt = _open(vault, row, llm)  # before the lock: nobody's revoke is to wait for the key store
     name, media_type, data = _file(prompt, row, llm, settings, kind)
+    active_set.lock_active_set(session)  # as a revoke does: after one that was acknowledged nothing is exported
+    row = _not_revoked(session, prompt_id)
     detail = {"format": kind, "prompt_digest": prompt.digest}
     audit.append(session, actor=actor, action="prompt.exported", subject=row.id, detail=detail)
     return Export(name, media_type, data, prompt.digest, "none" if row.gate_digest is None else "not exported")
+
+
+def _not_revoked(session: Session, prompt_id: str) -> Prompt:
+    row = active_set.get_prompt(session, prompt_id)
+    if row.state == PromptState.REVOKED:
+        raise Conflict("the prompt was revoked, and is gone", state=row.state)
+    return row
 
 
 def _open(vault: Vault, row: Prompt, llm: FrozenLLM) -> SoftPrompt:
@@ -106,6 +112,7 @@ def import_prompt(
     quotas.check_request_quota(session, actor, settings, texts=len(texts), now=utcnow())
     # Said here, so that the worker's settings cannot make it the training of another try, which would be passed over.
     options = {"num_virtual_tokens": prompt.num_virtual_tokens, "seed": settings.seed}
+    result = TrainingResult(prompt, steps=0, stopped="imported", seconds=0.0)
     request = lifecycle.create_request(
         session,
         vault,
@@ -115,9 +122,8 @@ def import_prompt(
         fingerprint=llm.fingerprint,
         api_key_id=actor,
         terms=terms,
+        checkpoint=finished.pack(result, seed=settings.seed),
     )
-    result = TrainingResult(prompt, steps=0, stopped="imported", seconds=0.0)
-    job_queue.add_checkpoint(session, vault, request, finished.pack(result, seed=settings.seed))
     detail = {"prompt_digest": prompt.digest, "num_virtual_tokens": prompt.num_virtual_tokens, "format": "peft"}
     audit.append(session, actor=actor, action="prompt.imported", subject=request.id, detail=detail)
     return request

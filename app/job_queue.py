@@ -20,6 +20,7 @@ from app.lifecycle import (
     TRANSITIONS,
     Claim,
     ForgetText,
+    checkpoint_aad,
     end_failed,
     held_by,
     hold,
@@ -33,12 +34,13 @@ from app.vault import Vault
 
 __all__ = [
     "Claim",
-    "add_checkpoint",
+    "checkpoint_aad",
     "claim",
     "heartbeat",
     "load_checkpoint",
     "next_pending",
     "open_texts",
+    "read_key",
     "reap",
     "record_progress",
     "ring_due",
@@ -117,24 +119,27 @@ def record_progress(session: Session, claim: Claim, progress: dict[str, Any]) ->
     return cancel
 
 
-def save_checkpoint(session: Session, vault: Vault, claim: Claim, *, step: int, data: bytes) -> None:
-    """Replace the checkpoint, sealed under the request's key. Raises LeaseLost."""
-    request = hold(session, claim)
-    if request.wrapped_key is None:
+def read_key(session: Session, claim: Claim) -> bytes:
+    """The key of a held request, for what is sealed before its row is locked. Raises LeaseLost, VaultError."""
+    row = session.execute(select(UnlearnRequest.wrapped_key).where(*held_by(claim))).one_or_none()
+    if row is None:
+        raise lost(claim)
+    key: bytes | None = row.wrapped_key
+    if key is None:
         raise VaultError("the request's key is gone")
-    sealed = vault.seal(request.wrapped_key, data, aad=checkpoint_aad(claim.request_id, step))
+    return key
+
+
+def save_checkpoint(session: Session, vault: Vault, claim: Claim, *, step: int, data: bytes) -> None:
+    """Replace the checkpoint, sealed under the request's key. Raises LeaseLost, VaultError, KeyStoreAway."""
+    # Sealed first: a heartbeat waits for the row that ``hold`` locks, and on SQLite everybody who writes.
+    sealed = vault.seal(read_key(session, claim), data, aad=checkpoint_aad(claim.request_id, step))
+    hold(session, claim)
     row = session.get(Checkpoint, claim.request_id, populate_existing=True)
     if row is None:
         session.add(Checkpoint(request_id=claim.request_id, step=step, updated_at=utcnow(), sealed=sealed))
     else:
         row.step, row.updated_at, row.sealed = step, utcnow(), sealed
-
-
-def add_checkpoint(session: Session, vault: Vault, request: UnlearnRequest, data: bytes) -> None:
-    """What the first worker goes on from, of a request that this transaction has made: nobody holds it yet."""
-    assert request.wrapped_key is not None
-    sealed = vault.seal(request.wrapped_key, data, aad=checkpoint_aad(request.id, 0))
-    session.add(Checkpoint(request_id=request.id, step=0, updated_at=utcnow(), sealed=sealed))
 
 
 def load_checkpoint(session: Session, vault: Vault, claim: Claim) -> tuple[int, bytes] | None:
@@ -236,7 +241,3 @@ def fenced_update(session: Session, claim: Claim, **values: Any) -> bool:
 
 def lost(claim: Claim) -> LeaseLost:
     return LeaseLost("the request is no longer held by this attempt", request_id=claim.request_id)
-
-
-def checkpoint_aad(request_id: str, step: int) -> str:
-    return f"{request_id}:checkpoint:{step}"

@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from app import audit, db
+from app import audit, db, entry_facts
+from app.audit_chain import iso
 from app.errors import Conflict, Forbidden, InvalidInput, NotFound, Unauthenticated
 from app.tables import ApiKey, utcnow
 
@@ -69,7 +70,10 @@ def create_key(
     )
     session.add(key)
     session.flush()
-    detail: dict[str, Any] = {"scopes": ordered}
+    detail: dict[str, Any] = {
+        "scopes": ordered,
+        "record_digest": entry_facts.key_digest(name, key.digest, now),
+    }
     if expires_at is not None:
         detail["expires_at"] = expires_at.isoformat()
     if limits:
@@ -80,21 +84,43 @@ def create_key(
 
 def authenticate(session: Session, presented: str, *, now: datetime | None = None) -> ApiKey:
     """The key that was presented. Raises Unauthenticated, with one message for every cause."""
-    match = _PRESENTED.fullmatch(presented)
-    key = session.get(ApiKey, f"key_{match[1]}", populate_existing=True) if match else None
-    same = hmac.compare_digest(secret_digest(match[2] if match else ""), key.digest if key else _NO_DIGEST)
-    # Last: whatever is wrong with a key, its secret has been compared.
-    if key is None or not same or key.revoked_at is not None or has_expired(key, now or utcnow()):
-        raise Unauthenticated("the API key is unknown, wrong, expired or revoked")
-    return key
+    (answer,) = authenticate_all(session, [presented], now=now).values()
+    if isinstance(answer, Unauthenticated):
+        raise answer
+    return answer
+
+
+def authenticate_all(
+    session: Session, presented: Collection[str], *, now: datetime | None = None
+) -> dict[str, ApiKey | Unauthenticated]:
+    """What ``authenticate`` says to each, with one query for all."""
+    now = now or utcnow()
+    matches = {one: _PRESENTED.fullmatch(one) for one in presented}
+    ids = {f"key_{match[1]}" for match in matches.values() if match}
+    query = select(ApiKey).where(ApiKey.id.in_(ids)).execution_options(populate_existing=True)
+    found = {key.id: key for key in session.scalars(query)} if ids else {}
+    answers: dict[str, ApiKey | Unauthenticated] = {}
+    for one, match in matches.items():
+        key = found.get(f"key_{match[1]}") if match else None
+        same = hmac.compare_digest(secret_digest(match[2] if match else ""), key.digest if key else _NO_DIGEST)
+        # Last: whatever is wrong with a key, its secret has been compared.
+        if key is None or not same or not is_in_force(key, now):
+            answers[one] = Unauthenticated("the API key is unknown, wrong, expired or revoked")
+        else:
+            answers[one] = key
+    return answers
 
 
 def in_force(session: Session, key_id: str, *, now: datetime | None = None) -> ApiKey:
     """A key that was authenticated before, by its id. Raises Unauthenticated once it is revoked or expired."""
     key = session.get(ApiKey, key_id, populate_existing=True)
-    if key is None or key.revoked_at is not None or has_expired(key, now or utcnow()):
+    if key is None or not is_in_force(key, now or utcnow()):
         raise Unauthenticated("the API key is expired or revoked")
     return key
+
+
+def is_in_force(key: ApiKey, now: datetime) -> bool:
+    return key.revoked_at is None and not has_expired(key, now)
 
 
 def has_expired(key: ApiKey, now: datetime) -> bool:
@@ -135,7 +161,8 @@ def revoke_key(session: Session, key_id: str, *, actor: str, detail: Mapping[str
     if key.revoked_at is not None:
         raise Conflict("the API key is already revoked")
     key.revoked_at = utcnow()
-    audit.append(session, actor=actor, action="key.revoked", subject=key.id, detail=dict(detail or {}))
+    told = {**(detail or {}), "revoked_at": iso(key.revoked_at)}
+    audit.append(session, actor=actor, action="key.revoked", subject=key.id, detail=told)
     return key
 
 

@@ -64,7 +64,9 @@ _SHARES = Table(
     Column("destroyed_at", UtcDateTime()),
 )
 _ENDED = Table(
-    "ended",  # API keys that were revoked, webhooks that were disabled (``app.ended``)
+    # For good: ids of API keys that were revoked, of webhooks that were disabled, and of requests that were cancelled
+    # and whose texts were kept for a while (``app.ended``).
+    "ended",
     _METADATA,
     Column("id", String(40), primary_key=True),
     Column("at", UtcDateTime(), nullable=False),
@@ -111,23 +113,28 @@ class KeyStore:
     @property
     def answers(self) -> bool:
         """Whether it answered when it was last asked; asks nothing itself, so nobody waits."""
-        return self._answered and (self._asked is None or time.monotonic() - self._asked < CONNECT_SECONDS)
+        asked = self._asked  # read once: the watch may be done with it a moment later
+        return self._answered and (asked is None or time.monotonic() - asked < CONNECT_SECONDS)
+
+    def look(self) -> None:
+        """Ask it now, for ``answers``: while that takes too long, it does not."""
+        self._asked = time.monotonic()
+        try:
+            self.ping()
+        except KeyStoreAway:
+            pass
+        except Exception as error:  # a bug must not end the watch, which would say the same for ever
+            self._answered = False
+            log.error("the key store cannot be asked: %s", where(error))
+        self._asked = None
 
     def watch(self, every: float) -> Callable[[], None]:
-        """Ask it every so many seconds, in a thread, for ``answers``. Returns what ends that."""
+        """``look`` every so many seconds, in a thread. Returns what ends that."""
         end = threading.Event()
 
         def run() -> None:
             while not end.wait(every):
-                self._asked = time.monotonic()
-                try:
-                    self.ping()
-                except KeyStoreAway:
-                    pass
-                except Exception as error:  # a bug must not end the watch, which would say the same for ever
-                    self._answered = False
-                    log.error("the key store cannot be asked: %s", where(error))
-                self._asked = None
+                self.look()
 
         def stop() -> None:
             end.set()
@@ -220,11 +227,13 @@ class KeyStore:
     @contextmanager
     def _connect(self) -> Iterator[Connection]:
         with self._answering(), self._engine().connect() as connection:
+            db.hurry(connection)  # the model's thread may wait for it, and a revoke need not
             yield connection
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
         with self._answering(), self._engine().begin() as connection:
+            db.hurry(connection)
             yield connection
 
     def _engine(self) -> Engine:
@@ -256,11 +265,7 @@ class KeyStore:
 
 
 def _make_engine(url: str) -> Engine:
-    options: dict[str, Any] = {"pool_size": 2, "max_overflow": 1}  # calls are short
-    if make_url(url).get_backend_name() != "sqlite":
-        # A revoke waits for it, and need not. The second is for a host that is gone: in milliseconds.
-        options["connect_args"] = {"connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": 1000 * CONNECT_SECONDS}
-    return db.make_engine(url, **options)
+    return db.make_engine(url, pool_size=2, max_overflow=1)  # calls are short
 
 
 def _chunks(ids: Iterable[bytes]) -> Iterator[Sequence[bytes]]:

@@ -16,10 +16,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Select, delete, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
-from app import audit, db, evidence, shredding, webhook_queue
+from app import audit, db, entry_facts, evidence, shredding, webhook_queue
+from app.audit_chain import iso
 from app.errors import Conflict, InvalidInput, LeaseLost, NotFound
+from app.request_filters import EVERYTHING, RequestFilter
 from app.tables import (
     RUNNING,
     Checkpoint,
@@ -100,11 +102,13 @@ def create_request(
     api_key_id: str | None,
     terms: Terms | None = None,
     set_digest: bytes | None = None,
+    checkpoint: bytes | None = None,
     now: datetime | None = None,
 ) -> UnlearnRequest:
     """Store a pending request with its texts sealed under a key of its own. Raises InvalidInput when there are none.
 
-    Without ``terms`` it has no deadline and no end, and nobody has to agree.
+    Without ``terms`` it has no deadline and no end, and nobody has to agree. ``checkpoint``: what its first worker goes
+    on from. All is sealed before anything is written here, since the key store is asked.
     """
     if not texts:
         raise InvalidInput("a request needs at least one forget text")
@@ -112,6 +116,7 @@ def create_request(
     request_id = new_id("req")
     wrapped = vault.new_key()
     payload = json.dumps([[item.text, item.label] for item in texts], separators=(",", ":"))
+    training = None if checkpoint is None else vault.seal(wrapped, checkpoint, aad=checkpoint_aad(request_id, 0))
     request = UnlearnRequest(
         id=request_id,
         state=RequestState.PENDING,
@@ -134,9 +139,19 @@ def create_request(
     )
     session.add(request)
     session.flush()  # there is no ORM relationship to order the inserts, so the parent goes first
+    if training is not None:
+        session.add(Checkpoint(request_id=request_id, step=0, updated_at=now, sealed=training))
     digests = {vault.digest(item.text) for item in texts}
     session.add_all(ForgetDigest(request_id=request_id, digest=digest) for digest in sorted(digests))
-    record_state(session, request, before=None, actor=api_key_id or "system", detail={"num_texts": len(texts)}, now=now)
+    record_state(
+        session,
+        request,
+        before=None,
+        actor=api_key_id or "system",
+        detail={"num_texts": len(texts)},
+        now=now,
+        facts=entry_facts.of_request(request, digests),
+    )
     return request
 
 
@@ -145,28 +160,35 @@ def get_request(session: Session, request_id: str, *, owner: str | None = None) 
     return _the_one(session, select(UnlearnRequest).where(*_is(request_id, owner)))
 
 
+def get_state(session: Session, request_id: str, *, owner: str | None = None) -> RequestState:
+    """As ``get_request``, for whoever asks twice a second: a row may hold megabytes of sealed texts."""
+    found = session.scalar(select(UnlearnRequest.state).where(*_is(request_id, owner)))
+    if found is None:
+        raise NotFound("no such unlearn request")
+    return RequestState(found)
+
+
 def list_requests(
     session: Session,
     *,
     limit: int,
     cursor: str | None = None,
     state: str | None = None,
-    states: Sequence[RequestState] = (),
+    where: RequestFilter = EVERYTHING,
     owner: str | None = None,
 ) -> tuple[list[UnlearnRequest], str | None]:
     """One page, newest first, and the cursor of the next; with ``owner``, of what this API key asked for.
 
-    ``states``: any of these. Raises InvalidInput for an unknown state or cursor.
+    The sealed texts are not read with the rows. Raises InvalidInput for an unknown state or cursor.
     """
-    query = select(UnlearnRequest).order_by(UnlearnRequest.id.desc()).limit(limit + 1)
+    query = select(UnlearnRequest).options(defer(UnlearnRequest.sealed_texts)).where(*where.conditions())
+    query = query.order_by(UnlearnRequest.id.desc()).limit(limit + 1)
     if owner is not None:
         query = query.where(UnlearnRequest.api_key_id == owner)
     if state is not None:
         if state not in list(RequestState):
             raise InvalidInput("state is not one of " + ", ".join(RequestState), field="state")
         query = query.where(UnlearnRequest.state == state)
-    if states:
-        query = query.where(UnlearnRequest.state.in_(states))
     if cursor is not None:
         check_cursor(cursor, "req_")
         query = query.where(UnlearnRequest.id < cursor)
@@ -308,8 +330,11 @@ def move(
     actor: str,
     detail: dict[str, Any] | None = None,
     now: datetime | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Apply one transition to a locked request. Raises Conflict when TRANSITIONS does not allow it."""
+    """Apply one transition to a locked request; ``facts`` as in ``record_state``. Raises Conflict when TRANSITIONS does
+    not allow it.
+    """
     before = RequestState(request.state)
     if to not in TRANSITIONS[before]:
         raise Conflict(f"a request that is {before.value} cannot become {to.value}", state=before.value)
@@ -321,9 +346,10 @@ def move(
     if to in ENDS_TRAINING and before != RequestState.SUSPENDED:
         request.finished_at = now
         end_texts(session, request, now)
+        facts = {**(facts or {}), "finished_at": iso(now), "shred_at": entry_facts.time_or_none(request.shred_at)}
     if to in (RequestState.FAILED, RequestState.CANCELLED):
         evidence.drop(session, request.id)
-    record_state(session, request, before=before, actor=actor, detail=detail or {}, now=now)
+    record_state(session, request, before=before, actor=actor, detail=detail or {}, now=now, facts=facts)
 
 
 def record_state(
@@ -334,8 +360,12 @@ def record_state(
     actor: str,
     detail: dict[str, Any],
     now: datetime,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """The event, the webhooks' messages and the audit entry of a transition that the row already shows."""
+    """The event, the webhooks' messages and the audit entry of a transition that the row already shows.
+
+    ``facts``: what only the entry states (``app.entry_facts``).
+    """
     state = RequestState(request.state).value
     event = RequestEvent(request_id=request.id, at=now, type="state", data={"state": state, **detail})
     session.add(event)
@@ -345,7 +375,7 @@ def record_state(
         actor=actor,
         action=f"request.{state}" if before else "request.created",
         subject=request.id,
-        detail={"from": before.value if before else None, "to": state, **detail},
+        detail={"from": before.value if before else None, "to": state, **detail, **(facts or {})},
     )
 
 
@@ -363,7 +393,9 @@ def end_failed(
     request.failure = {"code": code, "detail": detail}
     if metrics is not None:
         request.metrics = metrics
-    move(session, request, RequestState.FAILED, actor=actor, detail={"code": code}, now=now)
+    # None: this brought no figures. What the row has is not stated again, or an altered one would be vouched for.
+    facts = {"metrics_digest": entry_facts.json_digest(metrics)}
+    move(session, request, RequestState.FAILED, actor=actor, detail={"code": code}, now=now, facts=facts)
 
 
 def end_texts(session: Session, request: UnlearnRequest, now: datetime) -> None:
@@ -395,6 +427,10 @@ def _drop_checkpoint(session: Session, request: UnlearnRequest) -> None:
 
 def texts_aad(request_id: str) -> str:
     return f"{request_id}:texts"
+
+
+def checkpoint_aad(request_id: str, step: int) -> str:
+    return f"{request_id}:checkpoint:{step}"
 
 
 def check_cursor(cursor: str, prefix: str) -> None:

@@ -24,9 +24,12 @@ from app.defaults import load_arguments
 from app.deps import Service
 from app.dry_run import DryRuns
 from app.errors import LetheonError
+from app.event_streams import EventStreams
+from app.key_lookups import KeyLookups
 from app.key_uses import KeyUses
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
+from app.model_thread import in_passing
 from app.rate_limits import RateLimits
 from app.reconcile import make_ready
 from app.routes import (
@@ -52,6 +55,7 @@ from app.vault import Vault
 from models.errors import ModelError
 from models.llm import FrozenLLM
 
+READERS = 6  # connections: two look-ups of keys, the model's thread, who watches the active set, two probes
 DESCRIPTION = (
     "Makes a deployed LLM text classifier suppress, at inference time, what it was asked to forget. "
     "No weight changes: the frozen weights still hold the data, and revoking a prompt brings the old behaviour back."
@@ -88,8 +92,10 @@ class LetheonAPI(FastAPI):
         return schema
 
 
-def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
+def create_app(settings: Settings, llm: FrozenLLM | None = None, *, alone: bool = False) -> FastAPI:
     """The application. ``llm`` saves loading a model twice where one process holds several apps.
+
+    ``alone``: nothing else computes in this process, so that the model's thread may have all cores to itself.
 
     Raises MissingExtra and BadFailpoint. Its start raises NotReady (schema not migrated, on PostgreSQL), VaultError and
     ModelError.
@@ -104,7 +110,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
         # The server's own access log has query strings; ours does not.
         logging.getLogger("uvicorn.access").disabled = True
         with ExitStack() as stack:
-            app.state.service = service = _start(settings, llm, counts, stack)
+            app.state.service = service = _start(settings, llm, counts, stack, alone=alone)
             try:
                 yield
             finally:
@@ -143,7 +149,7 @@ def create_app(settings: Settings, llm: FrozenLLM | None = None) -> FastAPI:
     return app
 
 
-def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: ExitStack) -> Service:
+def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: ExitStack, *, alone: bool) -> Service:
     if settings.traces:
         stack.callback(tracing.start("letheon-api"))
     url = settings.effective_database_url
@@ -160,8 +166,12 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
         stack.callback(vault.keystore.watch(settings.active_set_poll_seconds))
     celery = make_celery(settings)
     stack.callback(celery.close)
-    model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
-    serving = Serving(model, sessions, vault, settings, counts)
+    # Of their own: whatever the routes wait for, and they may hold all their connections, has no say in these.
+    readers = db.make_engine(url, pool_size=READERS, max_overflow=0, pool_timeout=db.LOCK_SECONDS)
+    stack.callback(readers.dispose)
+    reads = db.make_sessions(readers)
+    model = llm if llm is not None else in_passing(lambda: FrozenLLM.load(**load_arguments(settings)))
+    serving = Serving(model, reads, vault, settings, counts, alone=alone)
     stack.callback(serving.close)
     rates, key_uses = RateLimits(settings), KeyUses(sessions)
     stack.callback(key_uses.close)
@@ -180,6 +190,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     return Service(
         settings,
         engine,
+        readers,
         sessions,
         vault,
         celery,
@@ -187,7 +198,9 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
         counts,
         scrapes,
         rates,
+        EventStreams(settings.max_event_streams),
         key_uses,
+        KeyLookups(reads),
         dry_runs,
         stopping=asyncio.Event(),
     )

@@ -7,9 +7,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-from anyio import fail_after, to_thread
+from anyio import fail_after
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -102,7 +102,12 @@ class BodyLimit:
     """
 
     def __init__(
-        self, app: ASGIApp, admit: Callable[[Scope], int | None], max_bytes: int, max_held: int, seconds: float
+        self,
+        app: ASGIApp,
+        admit: Callable[[Scope], Awaitable[int | None]],
+        max_bytes: int,
+        max_held: int,
+        seconds: float,
     ) -> None:
         self.app, self.admit = app, admit
         self.max_bytes, self.max_held, self.seconds = max_bytes, max_held, seconds
@@ -156,7 +161,7 @@ class BodyLimit:
 
     async def _admit(self, scope: Scope) -> int | None:
         try:
-            return await to_thread.run_sync(self.admit, scope)
+            return await self.admit(scope)
         except LetheonError as error:
             raise RefusedBody(error) from None
         except db.UNANSWERED:

@@ -1,7 +1,8 @@
 """What a receipt says in plain words, how its rates get their intervals, and how it is verified without a server.
 
 A receipt is a file of one line, ``{"receipt":…,"signature":"…"}``. What is signed is the purpose, a zero byte, and the
-bytes of ``…`` as they stand in the file, so another program needs no JSON library of the same habits to verify it.
+bytes of ``…`` as they stand in the file, so another program needs no JSON library of the same habits to verify it. What
+they say (``version``) has no part in it: receipts of every version are verified alike.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ MEANING = (
     "claimed (`false_claim_rate`).",
     "The figures are of the moment of activation, on the active set as it was then. Nothing later is in them.",
     "Intervals are Wilson's, at 95 %, over the rows of one run: they say how much another sample of rows could differ, "
-    "not another training. Retain accuracy is weighed back from a sample that is stratified by class, so its interval "
-    "is approximate.",
+    "not another training. Retain accuracy is weighed back from a sample that is stratified by class, and "
+    "`unseen_claimed` and `unseen_certain` come from leaving out the request's own texts in turn, so the intervals of "
+    "these are approximate.",
     "The signature says that the holder of this deployment's key vouches for these figures, not that they are true. "
     "The entries under `audit` can be looked up in an export of the audit log.",
 )

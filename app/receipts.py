@@ -6,20 +6,20 @@ ids, digests, counts, times, codes and figures: no text, no reason, nothing that
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
-from app import audit, lifecycle
+from app import audit, audit_state, db, lifecycle
 from app.audit_chain import iso
+from app.entry_facts import texts_digest, time_or_none
 from app.errors import Conflict
 from app.receipt_format import MEANING, MEMBERSHIP, sign, wilson
 from app.set_history import RECORD_ONLY
-from app.signing import PublicKey
+from app.signing import PublicKey, Signer
 from app.signing_key import load_signer
 from app.tables import (
     ActiveSetMember,
@@ -40,14 +40,16 @@ AVAILABLE = frozenset(
         RequestState.CANCELLED,
     }
 )
-# What each rate is over: the column of the request or the metric that counts its rows. None: an estimate, no share.
-_RATES: dict[str, str | None] = {
+VERSION = 2
+"""Of what is in a receipt. 1 had no ``received_at``, and no intervals of estimates."""
+# What each rate is over: the column of the request or the metric that counts its rows.
+_RATES: dict[str, str] = {
     "forget_abstain": "num_texts",
     "forget_abstain_before": "num_texts",
     "prompt_abstain": "num_texts",
     "gate_recall": "num_texts",
-    "unseen_claimed": None,
-    "unseen_certain": None,
+    "unseen_claimed": "unseen_rows",
+    "unseen_certain": "unseen_rows",
     "false_claim_rate": "check_rows",
     "total_claim_rate": "check_rows",
     "false_abstain_rate": "check_rows",
@@ -56,12 +58,16 @@ _RATES: dict[str, str | None] = {
     "neighbour_accuracy": "neighbour_rows",
     "neighbour_accuracy_before": "neighbour_rows",
     "neighbour_abstain": "neighbour_rows",
+    "held_out_accuracy": "held_out_rows",
+    "held_out_accuracy_before": "held_out_rows",
 }
-_APPROXIMATE = ("retain_accuracy", "retain_accuracy_before")
+_APPROXIMATE = ("retain_accuracy", "retain_accuracy_before", "unseen_claimed", "unseen_certain")
 _COUNTS = (
+    "unseen_rows",
     "check_rows",
     "retain_rows",
     "neighbour_rows",
+    "held_out_rows",
     "prompt_norm",
     "prompt_norm_mean",
     "lost_canaries",
@@ -71,18 +77,40 @@ _COUNTS = (
 )
 
 
-def build(session: Session, vault: Vault, request: UnlearnRequest) -> dict[str, Any]:
-    """The signed receipt of a request that is in force, suspended or over.
+def build(
+    sessions: sessionmaker[Session], vault: Vault, request_id: str, *, owner: str | None = None
+) -> dict[str, Any]:
+    """The signed receipt of a request that is in force, suspended or over; ``owner`` as in ``lifecycle.get_request``.
 
-    The caller commits: the first signature of a deployment makes its key. Raises Conflict before that, VaultError.
+    The first one of a deployment makes its signing key, and commits it. Raises NotFound, Conflict while the request is
+    open, VaultError, and AuditBroken as ``at_one_moment`` does.
     """
-    signer = load_signer(session, vault)
-    while True:
-        moved = audit.last_about(session, request.id)
-        receipt = _receipt(session, lifecycle.get_request(session, request.id), signer.public)
-        # Several statements: what moves the request meanwhile writes an entry, and then half of this is of before it.
-        if audit.last_about(session, request.id) == moved:
-            return sign(receipt, signer)
+    with at_one_moment(sessions, vault, request_id, owner=owner) as (still, request, signer):
+        return sign_at(still, request, signer)
+
+
+@contextmanager
+def at_one_moment(
+    sessions: sessionmaker[Session], vault: Vault, request_id: str, *, owner: str | None = None
+) -> Iterator[tuple[Session, UnlearnRequest, Signer]]:
+    """What ``sign_at`` needs: a session that reads as of one moment, the request as it was then, and the signing key.
+
+    What is held against the log has to be what is signed: were the rows read once more, somebody who altered them and
+    put them back in a loop would get a genuine signature over theirs, and no trace would be left. The key comes first,
+    and its transaction is over by then: no call holds two connections and waits for the second. Raises NotFound,
+    VaultError, and AuditBroken when the log says otherwise (``audit_state.hold_request``): no altered row is signed.
+    """
+    with sessions.begin() as session:
+        lifecycle.get_state(session, request_id, owner=owner)  # or asking for what is not there would make the key
+        signer = load_signer(session, vault)
+    with sessions() as session, db.snapshot(session) as still:
+        audit_state.hold_request(still, request_id)  # first: it can tell of a row that cannot be read
+        yield still, lifecycle.get_request(still, request_id, owner=owner), signer
+
+
+def sign_at(still: Session, request: UnlearnRequest, signer: Signer) -> dict[str, Any]:
+    """The receipt of a request that was held against the log ``at_one_moment``, in its session. Raises Conflict."""
+    return sign(_receipt(still, request, signer.public), signer)
 
 
 def _receipt(session: Session, request: UnlearnRequest, public: PublicKey) -> dict[str, Any]:
@@ -92,10 +120,12 @@ def _receipt(session: Session, request: UnlearnRequest, public: PublicKey) -> di
     query = select(Prompt).where(Prompt.request_id == request.id).options(*RECORD_ONLY)
     prompt = session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
     metrics = request.metrics or {}
-    tries = metrics["earlier_tries"] if "earlier_tries" in metrics else lifecycle.list_tries(session, request.id)
+    entries = audit.entries_about(session, request.id, *([prompt.id] if prompt else []))
+    told = [entry.detail["tried"] for entry in entries if "tried" in entry.detail]
+    tries = metrics.get("earlier_tries", told)
     return {
         "kind": "letheon receipt",
-        "version": 1,
+        "version": VERSION,
         "request": _request(session, request, prompt),
         "model": {"fingerprint": request.fingerprint, "identity": metrics.get("identity")},
         "prompt": _prompt(prompt) if prompt else None,
@@ -105,8 +135,7 @@ def _receipt(session: Session, request: UnlearnRequest, public: PublicKey) -> di
         "failure": {"code": request.failure["code"]} if request.failure else None,
         "revocation": _revocation(prompt) if prompt and prompt.revoked_at else None,
         "audit": [
-            {"seq": entry.seq, "at": iso(entry.at), "action": entry.action, "hash": entry.hash}
-            for entry in audit.entries_about(session, request.id, *([prompt.id] if prompt else []))
+            {"seq": entry.seq, "at": iso(entry.at), "action": entry.action, "hash": entry.hash} for entry in entries
         ],
         "meaning": [*MEANING, *([MEMBERSHIP] if metrics.get("membership") else [])],
         "key": _key(public),
@@ -114,29 +143,24 @@ def _receipt(session: Session, request: UnlearnRequest, public: PublicKey) -> di
 
 
 def _request(session: Session, request: UnlearnRequest, prompt: Prompt | None) -> dict[str, Any]:
+    texts = select(ForgetDigest.digest).where(ForgetDigest.request_id == request.id)
     return {
         "id": request.id,
         "state": RequestState(request.state).value,
         "num_texts": request.num_texts,
-        "set_digest": (request.set_digest or _digest_of_texts(session, request.id)).hex(),
+        "set_digest": (request.set_digest or texts_digest(session.scalars(texts))).hex(),
         "options": request.options,
         "asked_by": request.api_key_id,
+        "received_at": time_or_none(request.received_at),
         "created_at": iso(request.created_at),
-        "due_at": _time(request.due_at),
-        "active_at": _time(prompt.activated_at if prompt else None),
-        "finished_at": _time(request.finished_at),
-        "expires_at": _time(request.expires_at),
+        "due_at": time_or_none(request.due_at),
+        "active_at": time_or_none(prompt.activated_at if prompt else None),
+        "finished_at": time_or_none(request.finished_at),
+        "expires_at": time_or_none(request.expires_at),
         "approval_required": request.approval_required,
-        "approved_at": _time(request.approved_at),
+        "approved_at": time_or_none(request.approved_at),
         "approved_by": request.approved_by,
     }
-
-
-def _digest_of_texts(session: Session, request_id: str) -> bytes:
-    """Over the keyed digests of the texts, in order, so nobody without the key can try texts against it."""
-    query = select(ForgetDigest.digest).where(ForgetDigest.request_id == request_id)
-    digests = sorted(session.scalars(query))  # here: a database may order bytes in ways of its own
-    return hashlib.sha256(b"letheon set v1\0" + b"".join(digests)).digest()
 
 
 def _prompt(prompt: Prompt) -> dict[str, Any]:
@@ -146,16 +170,13 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
 
 def _active_set(session: Session, prompt: Prompt) -> dict[str, Any]:
     """The set that the prompt came into force with, and in which versions it was."""
-    query = (
-        select(ActiveSetMember.from_version, ActiveSetMember.to_version, ActiveSetVersion.digest)
-        .join(ActiveSetVersion, ActiveSetVersion.version == ActiveSetMember.from_version)
-        .where(ActiveSetMember.prompt_id == prompt.id)
-        .order_by(ActiveSetMember.from_version)
-    )
+    query = select(ActiveSetMember.from_version, ActiveSetMember.to_version)
+    query = query.where(ActiveSetMember.prompt_id == prompt.id).order_by(ActiveSetMember.from_version)
     rows = session.execute(query).all()
+    first = rows[0].from_version if rows else None  # a prompt of a database older than the history has none
     return {
-        "version": rows[0].from_version if rows else None,  # a prompt of a database older than the history has none
-        "digest": rows[0].digest if rows else None,
+        "version": first,
+        "digest": session.scalar(select(ActiveSetVersion.digest).where(ActiveSetVersion.version == first)),
         "in_force": [{"from": row.from_version, "before": row.to_version} for row in rows],
     }
 
@@ -175,7 +196,8 @@ def _rates(request: UnlearnRequest, metrics: Mapping[str, Any]) -> Iterator[dict
         rate = metrics.get(name)
         if rate is None:
             continue
-        rows = None if counted is None else request.num_texts if counted == "num_texts" else metrics.get(counted)
+        # Requests of before there was the metric that counts have no rows, and no interval.
+        rows = request.num_texts if counted == "num_texts" else metrics.get(counted)
         yield _rate(name, rate, rows, approximate=name in _APPROXIMATE)
 
 
@@ -210,12 +232,8 @@ def _rate(name: str, rate: float, rows: int | None, *, approximate: bool = False
 
 
 def _revocation(prompt: Prompt) -> dict[str, Any]:
-    return {"code": prompt.revoke_code, "at": _time(prompt.revoked_at), "by": prompt.revoked_by}
+    return {"code": prompt.revoke_code, "at": time_or_none(prompt.revoked_at), "by": prompt.revoked_by}
 
 
 def _key(public: PublicKey) -> dict[str, Any]:
     return {"algorithm": "Ed25519", "id": public.key_id, "public_key": public.hex()}
-
-
-def _time(at: datetime | None) -> str | None:
-    return None if at is None else iso(at)

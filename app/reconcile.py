@@ -1,8 +1,8 @@
 """What happens before anything is served: the keys are checked, and a restored backup is brought up to date.
 
 A backup may bring back what was revoked or shredded after it was made. Its keys do not open, because their shares are
-destroyed; the key store's tombstones say so, and the rows are made to say it as well. So it is with API keys and
-webhooks that have ended (``app.ended``).
+destroyed; the key store's tombstones say so, and the rows are made to say it as well. So it is with what has ended
+without that (``app.ended``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, audit, ended, evidence, lifecycle, set_history, shredding
+from app.audit_chain import iso
 from app.errors import KeyDestroyed, ShareMissing, VaultError
 from app.failpoints import failpoint
 from app.keystore import CHUNK
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 CODE = "reconciled"
 KEY_DESTROYED = "key-destroyed"
+NO_KEY_STORE = (
+    "there is no key store: what is shredded still opens with the master key, in backups of this database, in its "
+    "write-ahead log and until it is vacuumed; set LETHEON_KEYSTORE_URL (docs/keys-and-backups.md)"
+)
 _DETAIL = "its texts were shredded after the backup that this database was restored from: submit it again"
 _WRAPPED = (Prompt.wrapped_key, UnlearnRequest.wrapped_key, Webhook.wrapped_key)
 
@@ -50,6 +55,8 @@ def make_ready(sessions: sessionmaker[Session], vault: Vault) -> None:
     """
     if vault.keystore is not None:
         vault.keystore.check()
+    else:
+        log.warning(NO_KEY_STORE)
     with sessions() as session:
         check_master_key(session, vault)
     with sessions.begin() as session:
@@ -75,7 +82,8 @@ def make_ready(sessions: sessionmaker[Session], vault: Vault) -> None:
         ended.tell(sessions, vault.keystore, set())
         if any(again):
             log.warning(
-                "this database is an older state: %d API keys and %d webhooks had ended; they have again", *again
+                "this database is an older state: %d API keys, %d webhooks and %d requests had ended; they have again",
+                *again,
             )
 
 
@@ -134,7 +142,7 @@ def reconcile(session: Session, vault: Vault) -> Reconciled:
     version = active_set.bump(session, current, actor="system", now=now) if in_force else current.version
     for prompt in prompts:
         detail: dict[str, Any] = {"prompt_digest": prompt.digest, "active_set_version": version, "code": CODE}
-        detail["active_set_digest"] = current.digest
+        detail |= {"active_set_digest": current.digest, "revoked_at": iso(now)}
         audit.append(session, actor="system", action="prompt.revoked", subject=prompt.id, detail=detail)
         detail = {"prompt_id": prompt.id, "active_set_version": version, "code": CODE}
         move(session, requests[prompt.request_id], RequestState.REVOKED, actor="system", detail=detail, now=now)

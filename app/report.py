@@ -15,12 +15,12 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from app import receipts
 from app.charts import percent
 from app.signing import canonical
-from app.tables import RequestEvent, UnlearnRequest
+from app.tables import RequestEvent
 from app.vault import Vault
 
 CURVE_POINTS = 400
@@ -48,14 +48,20 @@ ACTIONS = {
     "prompt.revoke_asked": "A revoke was asked for, to which another person has to agree.",
     "prompt.revoke_withdrawn": "That revoke was withdrawn.",
     "prompt.revoked": "Its prompt and gate were destroyed.",
+    "prompt.imported": "Its prompt was imported, and not trained here.",
+    "prompt.exported": "A copy of its prompt was exported.",
 }
 FAILURES = {
     "active-set-full": "there was no room beside the prompts in force",
     "attempts-exhausted": "it was tried as often as it may be",
     "checks-failed": "what was trained did not pass the checks",
     "diverged": "the training did not converge",
+    "expired": "the end that was asked for came first",
     "fingerprint-mismatch": "the model had been exchanged",
     "gate-too-narrow": "no gate reached enough of the texts without claiming too many others",
+    "internal": "the worker met an error that nobody had foreseen",
+    "key-destroyed": "its texts had been destroyed before the backup that the database was restored from",
+    "mode-mismatch": "a prompt in force had been trained for another mode of the service",
     "out-of-memory": "the worker ran out of memory",
     "rejected": "the second person did not agree",
     "text-too-long": "a text was too long for the model",
@@ -79,22 +85,33 @@ FIGURES = {
     ),
     "neighbour_accuracy": ("Right answers on the other texts nearest to the request's", "Nearest texts: right answers"),
     "neighbour_abstain": ("Of those nearest texts, answered “unknown”", "Nearest texts: “unknown”"),
+    "held_out_accuracy": (
+        "Right answers on texts that the model was never trained on, with labels in the shares of the request's texts "
+        "where those have any: not comparable with a plain sample",
+        "Held-out texts: right answers",
+    ),
     "false_claim_rate": ("Other texts that this request's gate claims", "Other texts: claimed by its gate"),
     "false_abstain_rate": ("Other texts that this request alone turns into “unknown”", "Other texts: made “unknown”"),
     "total_claim_rate": ("Other texts that all gates in force claim together", "Other texts: claimed by any gate"),
+    "membership_auc": (
+        "Area under the curve of a membership attack; 0.5 is guessing, far below it the texts stand out by being "
+        "answered “unknown”",
+        "Membership attack: area",
+    ),
 }
 """By the receipt's name: in words, and in a few words for a picture."""
+AREAS = frozenset({"membership_auc"})
+"""Those among them that are no shares of rows: never in percent, and in no bar."""
 
 
-def build(session: Session, vault: Vault, request: UnlearnRequest) -> dict[str, Any]:
-    """The report of a request that is in force, suspended or over.
-
-    The caller commits: the first signature of a deployment makes its key. Raises Conflict before that, VaultError.
-    """
-    signed = receipts.build(session, vault, request)
-    # Neither changes any more once there is a receipt: training and checks are over.
-    warnings = (request.metrics or {}).get("warnings", [])
-    return describe(signed, curve=_curve(session, request.id), warnings=warnings)
+def build(
+    sessions: sessionmaker[Session], vault: Vault, request_id: str, *, owner: str | None = None
+) -> dict[str, Any]:
+    """The report of a request that is in force, suspended or over; otherwise as ``receipts.build``."""
+    with receipts.at_one_moment(sessions, vault, request_id, owner=owner) as (still, request, signer):
+        signed = receipts.sign_at(still, request, signer)
+        curve, warnings = _curve(still, request.id), (request.metrics or {}).get("warnings", [])
+    return describe(signed, curve=curve, warnings=warnings)
 
 
 def describe(signed: dict[str, Any], *, curve: Sequence[dict[str, float]], warnings: Sequence[str]) -> dict[str, Any]:
@@ -129,6 +146,9 @@ def _summary(receipt: Mapping[str, Any]) -> Iterator[str]:
     request = receipt["request"]
     count = request["num_texts"]
     yield f"On {moment(request['created_at'])} this service was asked to forget {count} {_texts(count)}."
+    received = request["received_at"]
+    if received and moment(received) != moment(request["created_at"]):
+        yield f"The person's request was received on {moment(received)}; the deadline is counted from then."
     yield _outcome(receipt)
     yield from _deadline(request)
     if request["approval_required"]:
@@ -159,7 +179,7 @@ def _outcome(receipt: Mapping[str, Any]) -> str:
         return f"It came into force on {began} and was revoked{ended}{code}. Since then it changes no answer."
     if state == "failed":
         code = receipt["failure"]["code"]
-        why = FAILURES.get(code, "it failed")
+        why = FAILURES.get(code, "it failed")  # of a version that had another code
         return f"It did not come into force: {why} (code: {code}). Nothing is suppressed by it."
     return "It was cancelled before it came into force. Nothing is suppressed by it."
 

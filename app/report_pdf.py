@@ -134,8 +134,8 @@ def _measured(pdf: _Document, shown: View) -> None:
         for row in shown.figures
     ]
     pdf.ln(2)
-    _table(pdf, [("Figure", "Before", "After", "Rows", "Limit", "Kept"), *rows], (56, 34, 34, 14, 24, 12))
-    _paragraph(pdf, "Below a rate: its 95 % interval.", colour=_SOFT)
+    _table(pdf, [("Figure", "Before", "After", "Rows", "Limit", "Kept"), *rows], (54, 34, 34, 18, 22, 12))
+    _paragraph(pdf, "Below a rate, and in brackets: its 95 % interval.", colour=_SOFT)
     _facts(pdf, shown.counts)
 
 
@@ -207,14 +207,14 @@ def _picture(pdf: _Document, svg: str) -> None:
 
 
 def _filed(pdf: _Document) -> None:
-    if pdf.will_page_break(50):
+    if pdf.will_page_break(62):
         pdf.add_page()
     _heading(pdf, "Filed")
     pdf.set_draw_color(*_INK)
-    for name in ("Reviewed by", "Date", "Signature"):
+    for name in ("Case or reference", "Reviewed by", "Date", "Signature"):
         pdf.ln(6)
         pdf.set_text_color(*_SOFT)
         pdf.set_font("sans", "", 9)
-        pdf.cell(30, 6, name)
+        pdf.cell(34, 6, name)
         pdf.line(pdf.get_x(), pdf.get_y() + 6, pdf.l_margin + pdf.epw, pdf.get_y() + 6)
         pdf.ln(6)

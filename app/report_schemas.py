@@ -17,7 +17,7 @@ class ReportFormat(StrEnum):
 
 
 class RateOut(BaseModel):
-    """A rate, 0..1, as the receipt has it; an estimate has neither rows nor interval."""
+    """A rate, 0..1, as the receipt has it; estimates of older requests have neither rows nor interval."""
 
     name: str
     rate: float

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.charts import Bar, Series, bar_chart, line_chart, percent
-from app.report import interval, moment
+from app.report import AREAS, FAILURES, interval, moment
 from app.signing import canonical
+from app.words import STATES
 
 Rows = list[tuple[str, str]]
 NONE = "–"
 PICTURE_CLASSES = 8  # of more labels than these the picture shows the first; the table has them all
 
 _COUNTS = {
+    "unseen_rows": "The request's own texts that were left out in turn, for the estimates",
     "check_rows": "Other texts that the gates were checked on",
     "retain_rows": "Other texts that the answers were checked on",
-    "neighbour_rows": "Of these, the nearest to the request's",
-    "prompt_norm": "Longest row of the prompt, in mean lengths of the model's words",
-    "prompt_norm_mean": "Mean row of the prompt, in the same measure",
+    "neighbour_rows": "Of the other texts, the nearest to the request's",
+    "held_out_rows": "Texts that the model was never trained on, for the answers and the membership attack",
+    "prompt_norm": "Largest vector of the prompt, relative to a word's",
+    "prompt_norm_mean": "Mean vector of the prompt, in the same measure",
     "lost_canaries": "Earlier requests that would no longer hold",
     "active_requests": "Requests in force, this one included",
     "steps": "Steps of training",
@@ -72,11 +75,11 @@ def view(report: Mapping[str, Any]) -> View:
     key, file_name = receipt["key"], f"receipt-{report['request_id']}.json"
     return View(
         title="Report on an unlearning request",
-        subtitle=f"{report['request_id']} · {report['state']} · as of {moment(report['as_of'])}",
+        subtitle=f"{report['request_id']} · {_state(report['state'])} · as of {moment(report['as_of'])}",
         summary=report["summary"],
         asked=_asked(receipt),
         history=[(moment(e["at"]), e["what"], f"{e['seq']}: {e['hash']}") for e in report["history"]],
-        figures=[_figure_row(figure) for figure in report["figures"]],
+        figures=[_figure_row(figure, receipt["checks"]) for figure in report["figures"]],
         counts=_counts(receipt["checks"]),
         notes=[*_violations(receipt["checks"]), *(f"{said[:1].upper()}{said[1:]}." for said in report["warnings"])],
         pictures=list(_pictures(report)),
@@ -106,21 +109,29 @@ def _asked(receipt: Mapping[str, Any]) -> Rows:
     request, failure, revoked = receipt["request"], receipt["failure"], receipt["revocation"]
     rows = [
         ("Request", request["id"]),
-        ("State", request["state"]),
+        ("State", _state(request["state"])),
         ("Texts", str(request["num_texts"])),
         ("Asked for by", request["asked_by"] or NONE),
+        ("Received from the person", _when(request["received_at"])),
         ("Stored", _when(request["created_at"])),
         ("Due", _when(request["due_at"])),
         ("Second person", _approval(request)),
         ("In force since", _when(request["active_at"])),
-        ("Ended or in force", _when(request["finished_at"])),
         ("Ends by itself", _when(request["expires_at"])),
     ]
+    if not request["active_at"]:  # of one that came into force it is the same moment once more
+        rows.append(("Ended", _when(request["finished_at"])))
     if failure:
-        rows.append(("Failure", failure["code"]))
+        said = FAILURES.get(failure["code"])
+        rows.append(("Failure", f"{said} ({failure['code']})" if said else failure["code"]))
     if revoked:
         rows.append(("Revoked", f"{_when(revoked['at'])}, by {revoked['by']}, reason code {revoked['code']}"))
     return [*rows, *(_flat("Option", request["options"]) if request["options"] else [("Options", "none")])]
+
+
+def _state(state: str) -> str:
+    """As the console has it, and as the API and the command line do."""
+    return f"{STATES.get(state, state)} ({state})"
 
 
 def _approval(request: Mapping[str, Any]) -> str:
@@ -131,7 +142,9 @@ def _approval(request: Mapping[str, Any]) -> str:
     return f"agreed on {moment(request['approved_at'])} ({request['approved_by']})"
 
 
-def _figure_row(figure: Mapping[str, Any]) -> FigureRow:
+def _figure_row(figure: Mapping[str, Any], checks: Mapping[str, Any]) -> FigureRow:
+    if figure["name"] in AREAS:
+        return _area_row(figure, checks["counts"].get("held_out_rows"))
     before, after, limit = figure["before"], figure["after"], figure["limit"]
     counted = {rate["rows"] for rate in (before, after) if rate and rate["rows"] is not None}
     kept = {True: "yes", False: "no", None: NONE}[figure["kept"]]
@@ -145,6 +158,26 @@ def _figure_row(figure: Mapping[str, Any]) -> FigureRow:
         rows=", ".join(str(rows) for rows in sorted(counted)) or NONE,
         limit=f"at {'least' if limit['at_least'] else 'most'} {percent(limit['rate'])}" if limit else NONE,
         kept=kept if limit else NONE,
+    )
+
+
+def _area_row(figure: Mapping[str, Any], held_out: int | None) -> FigureRow:
+    """``held_out``: how many texts those of the request were told from; None: others, which no receipt counts."""
+
+    def said(area: Mapping[str, Any] | None) -> str:
+        return f"{area['rate']:.3f} ({area['low']:.3f} to {area['high']:.3f})" if area else NONE
+
+    members = next(area["rows"] for area in (figure["after"], figure["before"]) if area)
+    return FigureRow(
+        words=figure["words"],
+        name=figure["name"],
+        before=said(figure["before"]),
+        before_interval="",
+        after=said(figure["after"]),
+        after_interval="",
+        rows=f"{members} of the request, {f'{held_out} held out' if held_out else 'and others'}",
+        limit=NONE,
+        kept=NONE,
     )
 
 
@@ -207,7 +240,7 @@ def _when(iso: str | None) -> str:
 
 def _pictures(report: Mapping[str, Any]) -> Iterator[str]:
     classes = [f["name"] for f in report["figures"] if f["name"].startswith("class ")][PICTURE_CLASSES:]
-    shown = [figure for figure in report["figures"] if figure["name"] not in classes]
+    shown = [figure for figure in report["figures"] if figure["name"] not in (*classes, *AREAS)]
     if shown:
         yield bar_chart([_bar(figure) for figure in shown], title="Before and after, with 95 % intervals and limits")
     curve = report["curve"]

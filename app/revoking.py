@@ -1,17 +1,18 @@
 """Who may un-forget, and why: coded reasons, and two persons where the deployment asks for them. Nothing here commits.
 
 With two persons the first one's call is an ask, kept on the prompt's row; a call with another API key carries it out.
-The prompt is in force until then, and any admin may take the ask back, since that un-forgets nothing.
+The prompt is in force until then, and any admin may take the ask back, since that un-forgets nothing. An ask counts as
+long as the key that asked is in force.
 """
 
 from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from app import audit, set_history
+from app import audit, keys, set_history
 from app.active_set import get_prompt, lock_active_set, revoke_prompt
 from app.errors import Conflict
-from app.tables import Prompt, PromptState, utcnow
+from app.tables import ApiKey, Prompt, PromptState, utcnow
 
 
 def revoke(
@@ -22,7 +23,7 @@ def revoke(
     Raises NotFound, and Conflict when it is revoked already or when this key is the one that asked.
     """
     prompt = _locked(session, prompt_id)
-    asked_by = prompt.revoke_asked_by
+    asked_by = _who_asks(session, prompt)
     if not needs_two or asked_by not in (None, actor):
         return revoke_prompt(session, prompt_id, actor=actor, code=code, reason=reason), True
     if asked_by is not None:
@@ -54,6 +55,13 @@ def refuse_unforgetting(session: Session, version: int) -> None:
             "LETHEON_REVOKE_NEEDS_TWO is on, and restoring this set would take prompts out of force by one person's "
             "word: have two revoke them instead: " + ", ".join(out[:10])
         )
+
+
+def _who_asks(session: Session, prompt: Prompt) -> str | None:
+    key = session.get(ApiKey, prompt.revoke_asked_by, populate_existing=True) if prompt.revoke_asked_by else None
+    if key is not None and not keys.is_in_force(key, utcnow()):
+        return None  # nobody stands behind it any more
+    return prompt.revoke_asked_by
 
 
 def _locked(session: Session, prompt_id: str) -> Prompt:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app import active_set, audit, db, deployment_secrets
 from app.errors import Conflict, KeyDestroyed, ShareMissing, WrongMasterKey
-from app.tables import PendingShred, Prompt, Secret, UnlearnRequest, Webhook
+from app.tables import PendingShred, PreparedShare, Prompt, Secret, UnlearnRequest, Webhook
 from app.vault import DIGEST_SECRETS, Vault, share_id
 
 COLUMNS: dict[str, tuple[Any, Any]] = {
@@ -106,8 +106,11 @@ def unreferenced(session: Session, vault: Vault) -> int:
     if vault.keystore is None:
         return 0
     shares = vault.keystore.live_ids()  # first: a share comes before its key
-    used = {share_id(wrapped) for wrapped in _wrapped(session, vault)}
-    return len(shares - used - set(session.scalars(select(PendingShred.share_id))))
+    # In the order in which a share goes from one to the next meanwhile.
+    used = set(session.scalars(select(PreparedShare.share_id)))
+    used |= {found for wrapped in _wrapped(session, vault) if (found := share_id(wrapped)) is not None}
+    used |= set(session.scalars(select(PendingShred.share_id)))
+    return len(shares - used)
 
 
 def _wrapped(session: Session, vault: Vault) -> Iterator[bytes]:

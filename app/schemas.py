@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -71,6 +71,16 @@ def _rfc_3339(value: Any) -> Any:
 
 
 Moment = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_rfc_3339)]
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # the first and the last day of the calendar
+        raise PydanticCustomError("moment", "must be a time that there is in UTC") from None
+
+
+UtcMoment = Annotated[Moment, AfterValidator(_in_utc)]
 
 MAX_ENTRIES = 16_384
 """Of any list in a body. A body of millions of tiny entries is refused before each of them gets an error of its own."""

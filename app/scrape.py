@@ -114,6 +114,11 @@ class Scrapes:
 
     def collect(self) -> Iterator[Metric]:
         yield from families(self._observe())
+        yield GaugeMetricFamily(
+            "letheon_keystore_configured",
+            "1 when this process has a key store, without which shredding does not reach copies of the database.",
+            value=float(self._keystore is not None),
+        )
         if self._keystore is not None:
             yield GaugeMetricFamily(
                 "letheon_keystore_up",

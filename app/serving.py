@@ -12,19 +12,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from opentelemetry.trace import SpanContext
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import tracing
-from app.arenas import keep_memory
+from app import db, tracing
 from app.batching import Batcher
-from app.errors import Busy, LetheonError, NotReady, Stuck
+from app.errors import Busy, DeadlineExceeded, LetheonError, NotReady, Stuck
 from app.metrics import Metrics, outcomes
+from app.model_thread import keep_memory, leave_cores, take_cores
 from app.settings import Settings
 from app.stack import Stack, StackReader
 from app.tracebacks import where
 from app.vault import Vault
-from models.errors import ModelError
+from models.device import PROBE, is_lost
+from models.errors import ModelError, NotFinite
 from models.inference import Classification, Classifier, Encoded
 from models.llm import FrozenLLM
 from models.routing import classify_routed
@@ -34,9 +36,10 @@ __all__ = ["Answer", "Encoded", "Serving"]
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
-STUCK = 10  # deadlines that one batch may take: after that it is not slow but lost
+CHECK_SECONDS = 1.0  # that a probe waits for another that reads the active set; it asks again soon
+CONFIRM_SECONDS = 5.0  # that a batch does at least: a prompt that is being loaded is worth it
+STUCK = 10  # deadlines that one pass of a batch may take: after that it is not slow but lost
 FAILED_BATCHES = 3  # one after another, and the fault is not with what was asked
-PROBE = "good"
 
 T = TypeVar("T")
 
@@ -78,26 +81,39 @@ class Serving:
     """Classifies behind the active set that the database names when a batch starts (promise 2)."""
 
     def __init__(
-        self, llm: FrozenLLM, sessions: sessionmaker[Session], vault: Vault, settings: Settings, metrics: Metrics
+        self,
+        llm: FrozenLLM,
+        sessions: sessionmaker[Session],
+        vault: Vault,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        alone: bool = False,
     ) -> None:
         self.llm = llm
         self._metrics = metrics
         self._settings = settings
         self._widest = settings.num_virtual_tokens
         self._sessions, self._vault = sessions, vault
-        self._classifier = Classifier(llm)
+        self._classifier = Classifier(llm, before_pass=lambda: self._batcher.step())
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
         self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode)
         self._max_prompts = settings.max_prompts_per_query
         keep_memory()  # the batcher starts the model's thread
+        cores = torch.get_num_threads()
         self._batcher: Batcher[Question | Work, Any] = Batcher(
             self._run,
             weigh=lambda item: settings.max_batch_texts if isinstance(item, Work) else len(item.texts),
+            teaches=lambda item: not isinstance(item, Work),  # it may be a look at a version, or many passes
             max_batch=settings.max_batch_texts,
             max_queued=settings.max_queued_texts,
+            begin=lambda: take_cores(cores),
         )
+        if alone:
+            leave_cores()  # this thread, too, and whoever else looks at a set before the model's thread does
         metrics.queue(lambda: self._batcher.queued, lambda: self._batcher.oldest)
         self._failed = 0  # batches since the last that was answered; read without a lock
+        self._device_lost = False
         self._closing = threading.Event()
         self._watcher = threading.Thread(
             target=self._watch, args=(settings.active_set_poll_seconds,), name="active-set-watch", daemon=True
@@ -155,8 +171,10 @@ class Serving:
         """Raises Stuck when only a new process can help."""
         if not self._batcher.alive:
             raise Stuck("the model thread is not running")
-        if self._batcher.running > STUCK * self._settings.classify_deadline_seconds:
+        if self._batcher.silent > STUCK * self._settings.classify_deadline_seconds:
             raise Stuck("the model does not come back from a batch")
+        if self._device_lost:
+            raise Stuck("the model's device fails whatever it is asked")
 
     def check(self) -> None:
         """Raises NotReady when a classification would not be answered now, as Busy when waiting mends it."""
@@ -168,7 +186,7 @@ class Serving:
             raise Busy("the model has been busy with one batch for longer than any caller waits")
         if self._failed >= FAILED_BATCHES:
             raise NotReady(f"the model failed on its last {self._failed} batches")
-        self._confirm()
+        self._confirm(CHECK_SECONDS)
 
     def close(self) -> None:
         self._closing.set()
@@ -181,6 +199,8 @@ class Serving:
         answers = iter(self._classify(questions)) if questions else iter(())
         found = [item.done(self._classifier, self._current) if isinstance(item, Work) else None for item in items]
         self._classifier.take_counts()  # of work: they are not the clients'
+        for _, error in filter(None, found):
+            self._look_at_device(error)
         return [next(answers) if done is None else done for done in found]
 
     def _classify(self, questions: list[Question]) -> list[Answer]:
@@ -197,12 +217,16 @@ class Serving:
         try:
             with tracing.span("letheon.batch", links=links, texts=len(texts), active_set_version=stack.view.version):
                 flat = iter(self._answers(stack, texts))
+        except DeadlineExceeded:
+            raise  # no fault of the model
         except ModelError as error:
-            self._failed += 1
+            # Numbers that are none may be one text's doing, which must not put the replica out of service.
+            self._failed += not (isinstance(error, NotFinite) and self._answers_probe(stack))
             raise NotReady(str(error)) from error
         except Exception as error:
             self._failed += 1
             log.error("a batch failed: %s", where(error))
+            self._look_at_device(error)
             raise NotReady(f"the model failed on this batch ({type(error).__name__})") from error
         finally:
             tokens, padding = self._classifier.take_counts()
@@ -210,6 +234,19 @@ class Serving:
         seconds = time.monotonic() - started
         self._metrics.batch(texts=len(texts), seconds=seconds, tokens=tokens, padding=padding)
         return [Answer([next(flat) for _ in question.texts], stack.view.version) for question in questions]
+
+    def _look_at_device(self, error: Exception | None) -> None:
+        """Once it is lost it stays so, whatever it says later."""
+        if error is not None and is_lost(self.llm, error):
+            self._device_lost = True
+
+    def _answers_probe(self, stack: Stack) -> bool:
+        try:
+            self._answers(stack, self.encode([PROBE]))
+        except Exception as error:  # of whatever kind, it is no answer
+            log.error("nor does a text of our own get one: %s", where(error))
+            return False
+        return True
 
     def _answers(self, stack: Stack, texts: list[Encoded]) -> list[Classification]:
         if stack.routes is None:
@@ -226,29 +263,38 @@ class Serving:
     def _current(self) -> Stack:
         """As ``_confirm``, in the model's thread, which lets go of what is in force no more."""
         try:
-            return self._confirm()
+            # As long as its callers wait: whoever reads the set now may be loading prompts.
+            return self._confirm(max(CONFIRM_SECONDS, self._settings.classify_deadline_seconds))
         finally:
             self._classifier.keep(self._reader.held)
 
-    def _confirm(self) -> Stack:
+    def _confirm(self, patience: float = CONFIRM_SECONDS) -> Stack:
         """The stack in force now. One indexed query when nothing changed; otherwise loads what is not loaded yet.
 
-        Raises NotReady for any failure whatever: an answer without the prompts would break the promise to forget.
+        Raises NotReady for any failure whatever: an answer without the prompts would break the promise to forget. As
+        Busy where the database does not answer, or another reads the set for more than ``patience`` seconds.
         """
-        with self._lock:
-            try:
-                with self._sessions() as session:
-                    stack = self._reader.read(session)
-                self._widest = max(self._settings.num_virtual_tokens, stack.widest)
-                self._metrics.active_set(stack.view.version, len(stack.members))
-                return stack
-            except NotReady:
-                raise
-            except ModelError as error:
-                raise NotReady(str(error)) from error
-            except Exception as error:
-                log.error("the active set cannot be confirmed: %s", where(error))
-                raise NotReady(f"the active set cannot be read ({type(error).__name__})") from error
+        if not self._lock.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
+            raise Busy("the active set is being read, and that takes too long")
+        try:
+            with self._sessions() as session:
+                db.impatient(session)
+                stack = self._reader.read(session)
+            self._widest = max(self._settings.num_virtual_tokens, stack.widest)
+            self._metrics.active_set(stack.view.version, len(stack.members))
+            return stack
+        except NotReady:
+            raise
+        except ModelError as error:
+            raise NotReady(str(error)) from error
+        except Exception as error:
+            log.error("the active set cannot be confirmed: %s", where(error))
+            why = f"the active set cannot be read ({type(error).__name__})"
+            if isinstance(error, db.UNANSWERED):
+                raise Busy(f"{why}: the database is out of reach, or hangs") from error
+            raise NotReady(why) from error
+        finally:
+            self._lock.release()
 
     def _watch(self, every: float) -> None:
         """Without traffic nobody asks for the active set, and a revoked prompt would stay in memory.

@@ -33,130 +33,228 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LETHEON_", env_file=".env", extra="ignore", frozen=True)
 
-    home: Path = Field(default=Path("var"), description="State directory of the embedded defaults.")
+    # docs/generate.py makes docs/settings.md of what follows: a comment that stands alone begins a part of that page.
 
-    # Storage and broker. Empty = embedded, derived from `home`.
-    database_url: str = Field(default="", validation_alias=AliasChoices("LETHEON_DATABASE_URL", "DATABASE_URL"))
-    broker_url: str = Field(default="", validation_alias=AliasChoices("LETHEON_BROKER_URL", "BROKER_URL"))
+    # Where things are
+    home: Path = Field(
+        default=Path("var"),
+        description="Folder of everything that is embedded or fetched: database, key store, master key, broker, demo "
+        "model and data, caches.",
+    )
+
+    # Storage and broker. Empty: embedded, in files under `LETHEON_HOME`.
+    database_url: str = Field(
+        default="",
+        validation_alias=AliasChoices("LETHEON_DATABASE_URL", "DATABASE_URL"),
+        description="URL of the PostgreSQL database with requests, prompts, keys and audit log. Empty: SQLite, "
+        "`letheon.db`.",
+    )
+    broker_url: str = Field(
+        default="",
+        validation_alias=AliasChoices("LETHEON_BROKER_URL", "BROKER_URL"),
+        description="URL of the Redis that rings at workers when a request comes. Empty: files in a folder `broker`.",
+    )
     master_key: SecretStr | None = Field(
-        default=None, description="Base64 of 32 bytes that wraps every data key. Unset: `home`/master.key, made once."
+        default=None,
+        description="The key that wraps every data key: 32 bytes in base64. Unset: the file `master.key`, made once.",
     )
 
     # HTTP
-    host: str = "127.0.0.1"
-    port: int = Field(default=8600, ge=0, le=65535)
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; `0.0.0.0` listens on all, and TLS is a proxy's affair."
+    )
+    port: int = Field(default=8600, ge=0, le=65535, description="TCP port to listen on. 0: any free one.")
     first_key: bool = Field(
         default=True,
-        description="Without any key in force, make one with every scope and print it. Off where stderr is kept.",
+        description="Where no key is in force at the start, make one with every scope and print it to stderr. Turn it "
+        "off where stderr is kept.",
     )
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1024, description="Bytes of one request's body; a larger one is answered 413."
+    )
     max_held_body_bytes: int = Field(
-        default=256 * 2**20, ge=1024, description="Bodies of all requests in progress; beyond it 503."
+        default=256 * 2**20,
+        ge=1024,
+        description="Bytes of the bodies of all requests in progress together; beyond it 503.",
     )
-    body_seconds: float = Field(default=60.0, gt=0, description="For a whole body to arrive.")
-    max_forget_texts: int = Field(default=4096, ge=1, le=16_384)
-    max_classify_texts: int = Field(default=256, ge=1, le=16_384)
-    max_text_tokens: int = Field(default=256, ge=8, description="Tokens of one text, template excluded.")
+    body_seconds: float = Field(
+        default=60.0, gt=0, description="Seconds in which a whole body has to arrive; else it is answered 408."
+    )
+    max_forget_texts: int = Field(default=4096, ge=1, le=16_384, description="Texts of one erasure request.")
+    max_classify_texts: int = Field(default=256, ge=1, le=16_384, description="Texts of one call of `/classify`.")
+    max_text_tokens: int = Field(
+        default=256,
+        ge=8,
+        description="Tokens of one text, without the template. A longer one is refused, or left out of a retain set.",
+    )
     max_training_steps: int = Field(
-        default=100_000, ge=1, le=100_000, description="Steps that one request may ask for in its options."
+        default=100_000, ge=1, le=100_000, description="Training steps that one request may ask for in its options."
     )
-    max_queued_texts: int = Field(default=2048, ge=1, description="Waiting classify texts; beyond it 503.")
+    max_queued_texts: int = Field(
+        default=2048, ge=1, description="Texts that may wait to be classified; beyond it 503 with `Retry-After`."
+    )
     max_batch_texts: int = Field(
         default=64, ge=1, le=16_384, description="Texts that wait together and run together. 1: no batching."
     )
     classify_deadline_seconds: float = Field(
-        default=30.0, gt=0, description="Without an answer by then, 503. A client may ask for less, not for more."
+        default=30.0,
+        gt=0,
+        description="Seconds after which a classification without an answer gets 503. A client may ask for less time, "
+        "not for more.",
     )
 
-    # Who may ask how much. A key's own limits (`letheon keys create --limit`) come before these; 0: no limit.
-    rate_per_minute: int = Field(default=0, ge=0, description="Calls of one key to one replica, but for /classify.")
-    classify_texts_per_minute: int = Field(default=0, ge=0, description="Texts that one key may have one replica read.")
-    requests_per_day: int = Field(default=0, ge=0, description="Unlearn requests of one key within 24 hours.")
+    # Who may ask how much. A key's own limits (`letheon keys create --limit`) come before these; 0 is no limit.
+    rate_per_minute: int = Field(
+        default=0, ge=0, description="Calls a minute of one key to one replica, those of `/classify` left out."
+    )
+    classify_texts_per_minute: int = Field(
+        default=0, ge=0, description="Texts a minute that one key may have one replica read."
+    )
+    requests_per_day: int = Field(default=0, ge=0, description="Erasure requests of one key within 24 hours.")
     texts_per_day: int = Field(default=0, ge=0, description="Forget texts of one key within 24 hours.")
-    active_prompts: int = Field(default=0, ge=0, description="Requests of one key that wait, train or are in force.")
+    active_prompts: int = Field(
+        default=0, ge=0, description="Requests of one key that wait, train, await approval or are in force."
+    )
+    max_event_streams: int = Field(
+        default=20,
+        ge=1,
+        description="Event streams that one key may have open at one replica, those of the console's pages included; "
+        "always a limit, and the same for all keys.",
+    )
 
     # The life of a request
     require_approval: bool = Field(
-        default=False, description="Another key, of the scope `approve`, has to agree before a prompt comes into force."
+        default=False,
+        description="Every request has to be agreed to by another key, of the scope `approve`, before its prompt comes "
+        "into force; set for workers, too, also one that waits when this is turned on.",
     )
     revoke_needs_two: bool = Field(
-        default=False, description="A revoke is carried out when a second admin asks for it."
+        default=False, description="A revoke is carried out when a second admin's key asks for it, too."
     )
-    deadline_months: int = Field(default=1, ge=1, le=12, description="From receipt to the date by which it is due.")
-    idempotency_hours: float = Field(default=24.0, gt=0, description="For which an Idempotency-Key is remembered.")
+    deadline_months: int = Field(
+        default=1, ge=1, le=12, description="Calendar months from the receipt of a request to the date it is due by."
+    )
+    idempotency_hours: float = Field(
+        default=24.0, gt=0, description="Hours for which an `Idempotency-Key` is remembered at least."
+    )
     keep_texts_hours: float = Field(
         default=0.0,
         ge=0,
-        description="Forget texts stay sealed for this long after a request is active or ended; 0: shredded at once.",
+        description="Hours for which forget texts stay, sealed, after their request is active or has ended. 0: they "
+        "are shredded at once.",
     )
-
     dry_run_seconds: float = Field(
-        default=120.0, gt=0, description="Without a report by then, 503. What was read is kept for the next one."
+        default=120.0,
+        gt=0,
+        description="Seconds after which a dry run without a report ends with 503. What it has read is kept for the "
+        "next one.",
     )
 
     # Trust
     previous_master_keys: list[SecretStr] = Field(
-        default=[], description="Keys that still open what they sealed, until `letheon vault rotate` has been run."
+        default=[],
+        description="Master keys of before, as a JSON list: they open what they sealed until `letheon vault rotate` "
+        "has been run.",
     )
     keystore_url: str = Field(
         default="",
-        description="Database of the key shares, apart from the main one and from its backups: without a share nothing "
-        "opens. Empty: `home`/keystore.db beside an embedded database, else no shares.",
+        description="URL of the database of the key shares, apart from the main one and from its backups: without its "
+        "share nothing opens. Empty: `keystore.db` beside an embedded database, else no shares.",
     )
     audit_checkpoint_seconds: float = Field(
-        default=300.0, gt=0, description="The worker signs the audit log's head this often, where it has moved."
+        default=300.0, gt=0, description="Seconds between two signatures of the audit log's head, where it has moved."
     )
     webhook_private: bool = Field(
-        default=False, description="Webhooks may go to http:// and to loopback, private and link-local addresses."
+        default=False,
+        description="Webhooks may go to `http://` and to loopback, private and link-local addresses.",
     )
-    webhook_timeout_seconds: float = Field(default=10.0, gt=0, le=60, description="For a whole attempt, name included.")
-    webhook_attempts: int = Field(default=8, ge=1, description="Per message, with growing pauses; then it has failed.")
+    webhook_timeout_seconds: float = Field(
+        default=10.0, gt=0, le=60, description="Seconds of a whole attempt to deliver, the name's look-up included."
+    )
+    webhook_attempts: int = Field(
+        default=8, ge=1, description="Attempts to deliver a message, with growing pauses; then it has failed."
+    )
     webhook_log_days: float = Field(
-        default=30.0, gt=0, description="Deliveries that have ended are kept for this long."
+        default=30.0, gt=0, description="Days for which deliveries that have ended stay in the log."
     )
-
     export_prompts: bool = Field(
         default=False,
         description="Admins may export prompts in clear. No revoke reaches a copy that is outside.",
     )
     console_session_hours: float = Field(
-        default=8.0, gt=0, le=168, description="After this long a person logs in to the console again."
+        default=8.0, gt=0, le=168, description="Hours after which a person logs in to the console again."
     )
-
     traces: bool = Field(
-        default=False, description="OpenTelemetry traces; needs `letheon[otel]`. OTEL_… variables say where they go."
+        default=False,
+        description="Send OpenTelemetry traces; needs `letheon[otel]`. The standard `OTEL_…` variables say where to.",
     )
 
-    # The frozen model
-    model: str = Field(default="", description="Hub id, local directory or GGUF file. Empty = the pulled demo model.")
-    adapter: str | None = Field(default=None, description="LoRA adapter directory, merged before quantization.")
-    quantization: Quantization = "nf4"
-    device: str = "auto"
-    template: str = Field(default="instruction-first", description="A name or a string with one {text}.")
-    labels: list[str] = ["negative", "positive"]
-    generic_labels: list[str] = ["neutral", "unknown"]
+    # The frozen model. API and worker need the same: each part of it is in the fingerprint that a prompt is bound to.
+    model: str = Field(default="", description="Hub id, local folder or GGUF file. Empty: the pulled demo model.")
+    adapter: str | None = Field(
+        default=None,
+        description="Folder of a LoRA adapter that is merged before quantization. Unset: the demo's with the demo "
+        "model, else none.",
+    )
+    quantization: Quantization = Field(
+        default="nf4", description="What the layers' weights are quantized to after loading, the head left out."
+    )
+    device: str = Field(
+        default="auto", description="`cpu`, `cuda`, or a device by number (`cuda:1`). `auto`: CUDA where there is one."
+    )
+    template: str = Field(
+        default="instruction-first",
+        description="The prompt around a text: `instruction-first`, `paper`, or a string with one `{text}`.",
+    )
+    labels: list[str] = Field(
+        default=["negative", "positive"],
+        description="The words that the model answers with, as a JSON list; each has to be one token.",
+    )
+    generic_labels: list[str] = Field(
+        default=["neutral", "unknown"],
+        description="The words that a suppressed text is trained towards, one token each; any of them is answered as "
+        "`unknown`.",
+    )
 
     # Training
-    retain: str = Field(default="", description="JSONL/CSV/TSV/Parquet file or dataset id. Empty = the demo's data.")
-    retain_split: str = Field(default="train", description="The split, where `retain` is a dataset id.")
+    retain: str = Field(
+        default="",
+        description="The retain set: a JSONL, CSV, TSV or Parquet file, or a dataset id. Empty: the demo's data.",
+    )
+    retain_split: str = Field(default="train", description="The split to read, where `retain` is a dataset id.")
     precision: Literal["auto", "exact"] = Field(
         default="auto",
-        description="`auto` may train against a bfloat16 copy on CPU; checks never do. `exact`: no copy.",
+        description="`auto` may take gradients from a bfloat16 copy on a CPU with such units; checks never do. "
+        "`exact`: no copy.",
     )
-    num_virtual_tokens: int = Field(default=30, ge=1, le=1024)
-    alpha: float | None = Field(default=None, ge=0, description="Weight of L_r. Unset: 0.3 routed, 1 concatenated.")
-    beta: float = Field(default=0.5, ge=0)
-    learning_rate: float = Field(default=3e-2, gt=0)
+    num_virtual_tokens: int = Field(
+        default=30, ge=1, le=1024, description="Virtual tokens of a prompt. Part of what API and workers must agree on."
+    )
+    alpha: float | None = Field(
+        default=None, ge=0, description="Weight of L_r in the loss. Unset: 0.3 in mode `routed`, 1 in `concatenate`."
+    )
+    beta: float = Field(default=0.5, ge=0, description="Weight of L_kl in the loss.")
+    learning_rate: float = Field(
+        default=3e-2, gt=0, description="Adam's learning rate at its highest; it falls by a cosine to zero."
+    )
     max_steps: int | None = Field(
-        default=None, ge=1, description="Unset: 60 routed, 140 concatenated, at least 3 epochs."
+        default=None,
+        ge=1,
+        description="Steps of one training. Unset: 60 in mode `routed`, 140 in `concatenate`, and at least 3 epochs of "
+        "the texts.",
     )
-    seed: int = 0
+    seed: int = Field(default=0, description="Seed of batches, samples and pictures; the same seed repeats a training.")
     training_deadline_seconds: float = Field(
-        default=6 * 3600.0, gt=0, description="A safety net: a training that it cuts short goes to the checks as it is."
+        default=6 * 3600.0,
+        gt=0,
+        description="Seconds of all trainings of one attempt, a safety net: what it cuts short goes to the checks as "
+        "it is.",
     )
-    checkpoint_seconds: float = Field(default=20.0, gt=0)
+    checkpoint_seconds: float = Field(
+        default=20.0, gt=0, description="Seconds between two checkpoints of a training, sealed in the database."
+    )
 
-    # Many requests at once (docs/decisions/0009)
+    # Many requests at once. Why it is so: decision 9.
     mode: Mode = Field(
         default=Mode.ROUTED,
         description="`routed`: a gate per request decides which queries run behind its prompt. `concatenate`: every "
@@ -172,15 +270,18 @@ class Settings(BaseSettings):
         default=0.0005,
         ge=0,
         le=1,
-        description="The same of what a gate may decide without asking its prompt. 0: the prompt decides everything.",
+        description="Share of other texts that one gate may decide without asking its prompt. 0: the prompt decides "
+        "everything.",
     )
     max_total_claim_rate: float = Field(
         default=0.1, ge=0, le=1, description="Share of the retain set that all gates together may claim."
     )
     active_set_poll_seconds: float = Field(
-        default=5.0, gt=0, description="An idle API lets go of revoked prompts after this long at the latest."
+        default=5.0, gt=0, description="Seconds after which an idle API lets go of revoked prompts at the latest."
     )
-    max_prompts_per_query: int = Field(default=4, ge=1, description="A query runs behind at most this many prompts.")
+    max_prompts_per_query: int = Field(
+        default=4, ge=1, description="Prompts that one query runs behind at most: of the gates that claim it clearest."
+    )
     gate_rows: int = Field(
         default=4096,
         ge=16,
@@ -192,45 +293,72 @@ class Settings(BaseSettings):
         default=0.9,
         ge=0,
         le=1,
-        description="Share of a request's texts answered `unknown`, as they would be served.",
+        description="Share of a request's texts that have to be answered `unknown`, as they would be served.",
     )
-    max_retain_drop: float = Field(default=0.03, ge=0, le=1, description="Retain accuracy may fall by this, overall.")
-    max_class_drop: float = Field(default=0.06, ge=0, le=1, description="The same, in the worst class.")
+    max_retain_drop: float = Field(
+        default=0.03, ge=0, le=1, description="Retain accuracy may fall by this much, of all retain rows sampled."
+    )
+    max_class_drop: float = Field(
+        default=0.06, ge=0, le=1, description="Retain accuracy may fall by this much in the worst class."
+    )
     max_neighbour_drop: float = Field(
-        default=0.25, ge=0, le=1, description="The same, on the retain rows that are nearest to the forget texts."
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Retain accuracy may fall by this much on the retain rows nearest to the forget texts.",
     )
     max_prompt_norm: float = Field(
-        default=64.0, gt=0, description="Longest row of a prompt, in mean lengths of the model's own word embeddings."
+        default=64.0,
+        gt=0,
+        description="Longest row of a prompt, in mean lengths of the model's own word embeddings.",
     )
-    check_retain_rows: int = Field(default=256, ge=8)
+    check_retain_rows: int = Field(default=256, ge=8, description="Retain rows that accuracy is measured on.")
     max_tries: int = Field(
         default=3,
         ge=1,
-        description="A prompt that fails its checks is trained again, with other weights or tokens: trainings in all.",
+        description="Trainings of one request in all: a prompt that fails its checks is trained again, with other "
+        "weights or tokens.",
     )
     evidence_texts: int = Field(
         default=64,
         ge=0,
         le=512,
-        description="Texts of each kind (forget, retain, held out) that a request's evidence is made of; 0: none is.",
+        description="Texts of each kind (forget, retain, held out) that a request's evidence is made of. 0: none is "
+        "made.",
     )
     held_out: str = Field(
         default="",
         description="Texts that the model has never been trained on, in a file as `retain` is: the other side of the "
-        "evidence's attack. Empty: the demo's with the demo's data, else retain rows are.",
+        "evidence's attack. Empty: the demo's with the demo's data, else retain rows.",
     )
     min_retain_rows: int = Field(
         default=32,
         ge=1,
-        description="With fewer rows left a request fails: nothing could be said about its side effects.",
+        description="Different retain texts that have to be left, or a request fails: nothing could be said about its "
+        "side effects.",
     )
 
     # Queue
-    lease_seconds: float = Field(default=60.0, gt=0)
-    heartbeat_seconds: float = Field(default=10.0, gt=0)
-    reaper_seconds: float = Field(default=10.0, gt=0)
-    ring_seconds: float = Field(default=60.0, gt=0, description="A waiting request is re-announced this often.")
-    max_attempts: int = Field(default=3, ge=1)
+    lease_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds for which a worker holds a request without a sign of life; at least two heartbeats.",
+    )
+    heartbeat_seconds: float = Field(
+        default=10.0, gt=0, description="Seconds between two signs of life of a worker that trains."
+    )
+    reaper_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds between two looks of a worker into the database: for requests that wait or were lost, and "
+        "for what has expired or is to be shredded.",
+    )
+    ring_seconds: float = Field(
+        default=60.0, gt=0, description="Seconds after which a request that waits is announced to the workers again."
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, description="Workers that may be lost over one request before it ends as `attempts-exhausted`."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

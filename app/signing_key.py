@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import audit
+from app import audit, audit_state, db
 from app.audit_chain import AuditBroken
 from app.deployment_secrets import add, find, load_or_create
 from app.signing import PublicKey, Signer, new_private_key
@@ -24,9 +24,10 @@ def load_signer(session: Session, vault: Vault) -> Signer:
     if found is None:
         made = new_private_key()
         if add(session, vault, SIGNING, made):
-            public = Signer(made).public
-            detail = {"key_id": public.key_id, "public_key": public.hex()}
+            signer = Signer(made)  # not read back: the key store is not asked behind the log's lock
+            detail = {"key_id": signer.public.key_id, "public_key": signer.public.hex()}
             audit.append(session, actor="system", action="signing_key.created", subject=SIGNING, detail=detail)
+            return signer
         found = load_or_create(session, vault, SIGNING, new_private_key)
     return Signer(found)
 
@@ -38,9 +39,13 @@ def find_public_key(session: Session, vault: Vault) -> PublicKey | None:
 
 
 def verify_audit(session: Session, vault: Vault) -> int:
-    """``audit.verify`` with the deployment's own key. Raises AuditBroken, VaultError."""
-    public = find_public_key(session, vault)
-    first = session.scalar(select(func.min(AuditCheckpoint.seq)))
-    if public is None and first is not None:
-        raise AuditBroken("there are signed checkpoints, and the key that signed them is gone", seq=first)
-    return audit.verify(session, public)
+    """``audit_state.verify`` with the deployment's own key, of what is committed. Raises AuditBroken, VaultError.
+
+    ``session`` should have read nothing yet: it takes long, and should not hold two connections for as long.
+    """
+    with db.snapshot(session) as still:
+        public = find_public_key(still, vault)
+        first = still.scalar(select(func.min(AuditCheckpoint.seq)))
+        if public is None and first is not None:
+            raise AuditBroken("there are signed checkpoints, and the key that signed them is gone", seq=first)
+        return audit_state.verify_at(still, public)

@@ -15,7 +15,7 @@ from app.settings import Mode
 from app.tables import Prompt
 from app.tracebacks import where
 from app.vault import Vault
-from models.errors import FingerprintMismatch
+from models.errors import FingerprintMismatch, InvalidPrompt
 from models.gate import Gate, GateSpace
 from models.routing import Route, Routes
 from models.soft_prompt import SoftPrompt
@@ -105,6 +105,8 @@ class StackReader:
         try:
             data = active_set.open_prompt(self._vault, row)
             prompt = SoftPrompt.from_bytes(data, fingerprint=self._fingerprint, digest=row.digest)
+            if tuple(prompt.embeddings.shape) != (row.num_virtual_tokens, row.hidden_size):
+                raise InvalidPrompt("its tensor is not of the shape that its record says")
             if self._mode == Mode.CONCATENATE:
                 return prompt, None
             return prompt, Gate.from_bytes(active_set.open_gate(self._vault, row), digest=row.gate_digest)

@@ -134,6 +134,8 @@ class UnlearnRequest(Base):
         Index("ix_unlearn_requests_state_id", "state", "id"),
         Index("ix_unlearn_requests_api_key_id_id", "api_key_id", "id"),
         Index("ix_unlearn_requests_set_digest", "set_digest"),
+        Index("ix_unlearn_requests_received_at", "received_at"),
+        Index("ix_unlearn_requests_due_at", "due_at"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -348,6 +350,15 @@ class PendingShred(Base):
     at: Mapped[datetime]
 
 
+class PreparedShare(Base):
+    """A key share of a row that is yet to come, whose transaction deletes this; left behind, the share is destroyed."""
+
+    __tablename__ = "prepared_shares"
+
+    share_id: Mapped[bytes] = mapped_column(LargeBinary(16), primary_key=True)
+    at: Mapped[datetime]
+
+
 class IdempotencyKey(Base):
     """What an ``Idempotency-Key`` of an API key led to. Digests are keyed: neither key nor body is kept."""
 
@@ -358,6 +369,15 @@ class IdempotencyKey(Base):
     body_digest: Mapped[bytes] = mapped_column(LargeBinary(32))
     request_id: Mapped[str] = mapped_column(ForeignKey("unlearn_requests.id", ondelete="CASCADE"))
     created_at: Mapped[datetime]
+
+
+class EndedSession(Base):
+    """A session of the console that somebody logged out of, until it would have ended by itself."""
+
+    __tablename__ = "ended_sessions"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    expires_at: Mapped[datetime]
 
 
 class Webhook(Base):
@@ -396,6 +416,7 @@ class WebhookDelivery(Base):
     attempts: Mapped[int] = mapped_column(default=0)  # fences off whoever was too slow
     next_at: Mapped[datetime | None]  # when it is due, or when a delivery under way counts as lost
     created_at: Mapped[datetime]
+    sent_at: Mapped[datetime | None]  # when its last attempt began
     delivered_at: Mapped[datetime | None]
     last_status: Mapped[int | None]
     last_error: Mapped[str | None] = mapped_column(String(100))  # a kind, never a body

@@ -101,9 +101,12 @@ class Vault:
             self.keystore.close()
         self._release()
 
-    def new_key(self) -> bytes:
-        """A fresh data key, wrapped. Its share is stored first: one that nothing uses in the end opens nothing."""
-        return self._wrap(AESGCM.generate_key(bit_length=256), None)
+    def new_key(self, name: bytes | None = None) -> bytes:
+        """A fresh data key, wrapped. Its share is stored first: one that nothing uses in the end opens nothing.
+
+        ``name``: the id of that share, where it is to be known before (``app.shredding.prepare_key``).
+        """
+        return self._wrap(AESGCM.generate_key(bit_length=256), *self._new_share(name))
 
     def seal(self, wrapped: bytes, plaintext: bytes, *, aad: str) -> bytes:
         """Encrypt under a wrapped key; ``aad`` says what it is and has to be the same to open it. Raises VaultError."""
@@ -123,7 +126,8 @@ class Vault:
         key, master = self._unwrap(wrapped)
         if master == self._masters[0] and (self.keystore is None or share_id(wrapped) is not None):
             return None
-        return self._wrap(key, share_id(wrapped))
+        found = share_id(wrapped)
+        return self._wrap(key, *(self._new_share() if found is None else (found, self._share(found))))
 
     def wrapped_under(self, wrapped: bytes) -> str:
         """The id of the master key that opens this wrapped key. Raises VaultError."""
@@ -154,17 +158,23 @@ class Vault:
 
     def tag(self, purpose: str, data: bytes) -> bytes:
         """HMAC-SHA256 of ``data`` under a key of this purpose alone; outlives the master key as digests do."""
-        return hmac.digest(_derive(self._digest_key, b"letheon tag v1 " + purpose.encode()), data, sha256)
+        return hmac.digest(self.key_for(purpose), data, sha256)
 
-    def _wrap(self, key: bytes, share_id: bytes | None) -> bytes:
-        """Under the current master key, with the share of this id, or a new one where there is a key store."""
-        share = None
-        if share_id is not None:
-            share = self._share(share_id)
-        elif self.keystore is not None:
-            share_id, share = secrets.token_bytes(ID_BYTES), secrets.token_bytes(SHARE_BYTES)
-            self.keystore.add(share_id, share)
-        prefix = _VERSION if share_id is None else _SHARED + share_id
+    def key_for(self, purpose: str) -> bytes:
+        """The key of ``tag``, for whoever tags many values and must not know the vault."""
+        return _derive(self._digest_key, b"letheon tag v1 " + purpose.encode())
+
+    def _new_share(self, name: bytes | None = None) -> tuple[bytes | None, bytes | None]:
+        """The id of a share, and the share, which is stored; neither without a key store."""
+        if self.keystore is None:
+            return None, None
+        name, share = name or secrets.token_bytes(ID_BYTES), secrets.token_bytes(SHARE_BYTES)
+        self.keystore.add(name, share)
+        return name, share
+
+    def _wrap(self, key: bytes, name: bytes | None, share: bytes | None) -> bytes:
+        """Under the current master key, and the share of this id."""
+        prefix = _VERSION if name is None else _SHARED + name
         return _encrypt(_wrapping_key(self._masters[0], share), key, _wrap_aad(prefix), prefix)
 
     def _unwrap(self, wrapped: bytes) -> tuple[bytes, bytes]:

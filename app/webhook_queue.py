@@ -174,7 +174,7 @@ def claim(
                 continue
             row.state = DeliveryState.SENDING
             row.attempts += 1
-            row.next_at = now + timedelta(seconds=lease_seconds)
+            row.sent_at, row.next_at = now, now + timedelta(seconds=lease_seconds)
             owners[api_key_id] += 1
             taken.append(
                 Due(

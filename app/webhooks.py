@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+import math
 import secrets
 from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
@@ -22,7 +24,7 @@ from app.errors import Conflict, InvalidInput, NotFound
 from app.lifecycle import check_cursor
 from app.tables import ApiKey, DeliveryState, RequestState, Webhook, WebhookDelivery, new_id, utcnow
 from app.vault import Vault
-from app.webhook_queue import OPEN, disable, lock_webhook, new_delivery
+from app.webhook_queue import OPEN, PAUSES, disable, lock_webhook, new_delivery
 
 MAX_PER_KEY = 10
 PING = "ping"
@@ -50,14 +52,14 @@ def create_webhook(
     if any(state not in list(RequestState) for state in states):
         raise InvalidInput("each must be one of " + ", ".join(RequestState), field="states")
     keys.require(scopes, *(keys.READS_ALL if all_requests else ("requests",)))  # else it would have nothing to tell
+    _check_room(session, api_key_id)  # before there is a key that nothing would need
+    webhook_id, wrapped = new_id("whk"), vault.new_key()
+    secret = _SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+    sealed = vault.seal(wrapped, secret.encode(), aad=_secret_aad(webhook_id))
     db.begin_write(session)
     # Two at once would both find room.
     session.execute(select(ApiKey.id).where(ApiKey.id == api_key_id).with_for_update(key_share=True))
-    mine = select(func.count()).where(Webhook.api_key_id == api_key_id, Webhook.disabled_at.is_(None))
-    if (session.scalar(mine) or 0) >= MAX_PER_KEY:
-        raise Conflict(f"an API key has at most {MAX_PER_KEY} webhooks; disable one first", limit=MAX_PER_KEY)
-    webhook_id, wrapped = new_id("whk"), vault.new_key()
-    secret = _SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+    _check_room(session, api_key_id)
     webhook = Webhook(
         id=webhook_id,
         api_key_id=api_key_id,
@@ -65,13 +67,20 @@ def create_webhook(
         states=[state.value for state in RequestState if state in states],
         all_requests=all_requests,
         wrapped_key=wrapped,
-        sealed_secret=vault.seal(wrapped, secret.encode(), aad=_secret_aad(webhook_id)),
+        sealed_secret=sealed,
         created_at=utcnow(),
     )
     session.add(webhook)
     detail = {"states": webhook.states, "all_requests": all_requests}
     audit.append(session, actor=api_key_id, action="webhook.created", subject=webhook_id, detail=detail)
     return webhook, secret
+
+
+def _check_room(session: Session, api_key_id: str) -> None:
+    """Raises Conflict."""
+    mine = select(func.count()).where(Webhook.api_key_id == api_key_id, Webhook.disabled_at.is_(None))
+    if (session.scalar(mine) or 0) >= MAX_PER_KEY:
+        raise Conflict(f"an API key has at most {MAX_PER_KEY} webhooks; disable one first", limit=MAX_PER_KEY)
 
 
 def get_webhook(session: Session, webhook_id: str, *, of: str | None) -> Webhook:
@@ -127,7 +136,11 @@ def list_deliveries(
 
 
 def redeliver(session: Session, webhook_id: str, delivery_id: str, *, of: str | None) -> WebhookDelivery:
-    """Send a message once more, now, under its old id. Raises NotFound, Conflict (on its way, or webhook disabled)."""
+    """Send a message once more, now, under its old id; one that is due is left as it is.
+
+    Or it could be used to hammer somebody: of one webhook one message at a time, and a pause after any that was sent.
+    Raises NotFound, Conflict (on its way, too soon after another, or webhook disabled).
+    """
     _lock_enabled(session, webhook_id, of)
     query = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id, WebhookDelivery.webhook_id == webhook_id)
     row = session.scalars(query.with_for_update(), execution_options={"populate_existing": True}).one_or_none()
@@ -135,8 +148,34 @@ def redeliver(session: Session, webhook_id: str, delivery_id: str, *, of: str | 
         raise NotFound("no such delivery")
     if row.state == DeliveryState.SENDING:
         raise Conflict("the message is being sent", state=row.state)
-    row.state, row.next_at = DeliveryState.PENDING, utcnow()
+    now = utcnow()
+    if row.state == DeliveryState.PENDING and row.next_at is not None and row.next_at <= now:
+        return row
+    due = select(WebhookDelivery.id).where(
+        WebhookDelivery.webhook_id == webhook_id,
+        WebhookDelivery.state == DeliveryState.PENDING,
+        WebhookDelivery.next_at <= now,
+    )
+    if session.scalar(due.limit(1)) is not None:
+        raise Conflict("another message of the webhook is due", state=row.state, retry_after=math.ceil(PAUSES[0]))
+    left = _pause_left(session, webhook_id, now)
+    if left > 0:
+        raise Conflict("the webhook was sent a message a moment ago", state=row.state, retry_after=math.ceil(left))
+    row.state, row.next_at = DeliveryState.PENDING, now
     return row
+
+
+def _pause_left(session: Session, webhook_id: str, now: datetime) -> float:
+    """Seconds until the webhook may be sent a message again by hand; one pause at most.
+
+    The times are the workers'. One whose clock is ahead by more than that is not asked, or it would refuse for as long.
+    """
+    pause = timedelta(seconds=PAUSES[0])
+    newest = select(func.max(WebhookDelivery.sent_at)).where(
+        WebhookDelivery.webhook_id == webhook_id, WebhookDelivery.sent_at <= now + pause
+    )
+    sent_at = session.scalar(newest)
+    return 0.0 if sent_at is None else min(sent_at + pause - now, pause).total_seconds()
 
 
 def ping(session: Session, webhook_id: str, *, of: str | None) -> WebhookDelivery:

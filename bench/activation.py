@@ -2,13 +2,13 @@
 
 The worker's own job, from claim to active, on the embedded database: once with nothing in force and once behind
 ``--requests`` synthetic ones. Both train the same texts with the same steps, so what differs is what the active set
-costs. Ends with one JSON line. Wants an idle machine.
+costs. Ends with one JSON line, kept in docs/bench/activation.json; ``--json`` prints that and computes nothing. Wants
+an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +25,7 @@ from app.settings import Settings, get_settings
 from app.tables import RequestState
 from bench.routing_cost import synthetic
 from bench.site import put_in_force
+from bench.tuned import parse, record
 from models.gate_rows import GateRows, space_source
 from worker.context import Context
 from worker.main import prepare
@@ -37,9 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--directions", type=int, default=4, help="of each synthetic gate")
-    args = parser.parse_args()
-    result = {"bench": "activation", **measure(args.requests, args.directions, Console(stderr=True))}
-    print(json.dumps(result))
+    args = parse(parser, Path("docs/bench/activation.json"))
+    record(args, {"bench": "activation", **measure(args.requests, args.directions, Console(stderr=True))})
 
 
 def measure(requests: int, directions: int, console: Console) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def measure(requests: int, directions: int, console: Console) -> dict[str, Any]:
             max_total_claim_rate=1,
         )
         first = prepare(settings)
-        rows = GateRows(first.llm, first.retain, settings.gate_rows, settings.home / "teacher")
+        rows = GateRows(first.llm, first.retain, settings.gate_rows, first.cache)
         space = rows.fit_space()
         source = space_source(first.llm, first.retain, settings.gate_rows)
         # Synthetic gates claim none of the rows that are checked: what claimed rows cost is `bench.routing_cost`'s.
@@ -91,7 +91,7 @@ def measure(requests: int, directions: int, console: Console) -> dict[str, Any]:
 def sibling(context: Context, home: Path) -> Context:
     """The same worker with a database of its own; the caches of retain rows are shared."""
     home.mkdir()
-    (home / "teacher").symlink_to(context.settings.home / "teacher")
+    (home / "rows").symlink_to(context.settings.home / "rows")
     settings = context.settings.model_copy(update={"home": home})
     db.upgrade(settings.effective_database_url)
     return replace(

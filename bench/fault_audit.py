@@ -1,4 +1,5 @@
-"""An audit log whose rows somebody with the database's password has edited, deleted, reordered or cut off.
+"""An audit log whose rows somebody with the database's password has edited, deleted, reordered or cut off, or whose
+log is whole and the state another than it says (``bench.fault_state``).
 
 What the chain itself cannot show (a log that was cut, or rewritten with all its hashes) has to show against a signed
 checkpoint that was taken earlier and kept elsewhere; the tamperer removes those in the database.
@@ -15,12 +16,13 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from app import audit, audit_export, job_queue, lifecycle
+from app import audit, audit_export, audit_state, job_queue, lifecycle
 from app.audit import GENESIS, AuditBroken, entry_hash
 from app.signing_key import load_signer
 from app.tables import AuditCheckpoint, AuditEntry
 from bench.fault_judge import Outcome
 from bench.fault_site import Site
+from bench.fault_state import ALTERATIONS, Grower
 
 REQUESTS = 12
 Row = dict[str, Any]
@@ -136,6 +138,27 @@ def tamper(site: Site, number: int, draw: random.Random) -> Outcome:
     return tamper_as(site, KINDS[number // 2 % len(KINDS)], draw)
 
 
+def alter_state(site: Site, number: int, draw: random.Random) -> Outcome:
+    """The next way of altering rows of the state while the log is left as it is; it must be found."""
+    names = sorted(ALTERATIONS)
+    return alter_state_as(site, names[number // 2 % len(names)], draw)
+
+
+def alter_state_as(site: Site, name: str, draw: random.Random) -> Outcome:
+    outcome = Outcome(kind="state")
+    if "rows" not in site.shared:
+        make_log(site)
+    with site.sessions() as session:
+        ALTERATIONS[name](session, draw)
+        outcome.missed = int(not broken(lambda: audit_state.hold(session)))
+        session.rollback()
+    if outcome.missed:
+        outcome.reasons.append(f"state, {name}: not found")
+    if broken(lambda: site.read(audit_state.verify)):
+        outcome.reasons.append("the state is not as it was")
+    return outcome
+
+
 def tamper_as(site: Site, kind: Callable[[Rows, random.Random], Rows], draw: random.Random) -> Outcome:
     """One alteration in the database itself; it must be found, and the log as it was must be sound."""
     outcome = Outcome(kind=kind.__name__)
@@ -171,6 +194,7 @@ def tamper_as(site: Site, kind: Callable[[Rows, random.Random], Rows], draw: ran
 
 def make_log(site: Site) -> None:
     """Requests through the floor's own functions; then a checkpoint, of which a copy is kept here."""
+    Grower(site.sessions, site.vault, fingerprint=site.fingerprint, api_key_id=site.key_id).grow()
     for i in range(REQUESTS):
         request_id = site.submit(ring=False)
         with site.sessions.begin() as session:

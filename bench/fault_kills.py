@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from app import audit, lifecycle
+from app import audit_state, lifecycle
 from app.failpoints import COMMITS
 from bench.fault_judge import Outcome, written_late
 from bench.fault_processes import Child, FaultFailed, wait_for
@@ -19,6 +19,7 @@ POINTS = (
     "train.step",  # at a random step: before the first checkpoint, or between two
     "train.step",
     "train.done",
+    "prompt.sealed",
     *(f"{name}.{side}" for name in WORKER_COMMITS for side in ("before_commit", "after_commit")),
 )
 STOPS = (
@@ -161,5 +162,5 @@ def stop_and_continue(site: Site, number: int, draw: random.Random) -> Outcome:
         outcome.doubled += 1
         outcome.reasons.append(f"{point}: {late} writes of the stopped worker came after its successor's claim")
     outcome.judge(site.history(request_id), where=f"{point}, ")
-    site.read(audit.verify)
+    site.read(audit_state.verify)
     return site.finish(outcome)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from app import audit
+from app import audit_state
 from bench.fault_judge import Outcome
 from bench.fault_outages import post, request_body
 from bench.fault_processes import Child, wait_for
@@ -146,7 +146,7 @@ def sound(site: Site, request_id: str, outcome: Outcome) -> Outcome:
     said: Any = site.read(check_integrity)
     if said != "ok":
         outcome.reasons.append(f"integrity check: {said}")
-    site.read(audit.verify)
+    site.read(audit_state.verify)
     return site.finish(outcome)
 
 

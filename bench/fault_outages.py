@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 from sqlalchemy import select
 
-from app import audit
+from app import audit_state
 from app.tables import AuditEntry, UnlearnRequest
 from bench.fault_judge import Outcome
 from bench.fault_processes import Child, FaultFailed, wait_for
@@ -309,5 +309,5 @@ def restart_postgres(site: Site, number: int, draw: random.Random) -> Outcome:
         outcome.judge(site.wait_end(accepted))
     if site.shared["worker"].ended():
         outcome.reasons.append(f"the worker ended with status {site.shared['worker'].status}")
-    site.read(audit.verify)
+    site.read(audit_state.verify)
     return site.finish(outcome)

@@ -33,9 +33,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from bench.fault_audit import tamper
+from bench.fault_audit import alter_state, tamper
 from bench.fault_backup import restore_backup
-from bench.fault_canary import search_deployment
+from bench.fault_canary import TOGETHER, search_deployment
 from bench.fault_changes import kill_in_change
 from bench.fault_judge import Outcome, block
 from bench.fault_kills import kill_at_point, kill_whenever, stop_and_continue
@@ -43,7 +43,7 @@ from bench.fault_limits import run_out
 from bench.fault_outages import deliver_many_times, flush_broker, kill_api, restart_postgres
 from bench.fault_processes import FaultFailed
 from bench.fault_site import BACKENDS, Bench, Site, open_bench
-from bench.tuned import write
+from bench.tuned import machine, today, write
 
 OUT = Path("docs/bench/faults.json")
 WORK = Path("var/faults")
@@ -52,7 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Fault:
-    """``on_site``: a trial on a deployment that it shares with others; else ``alone``, which makes its own."""
+    """``on_site``: a trial on a deployment that it shares with others; ``alone``, one that makes its own; ``together``:
+    ``size`` trials at once, on one that they make."""
 
     name: str
     title: str
@@ -60,10 +61,17 @@ class Fault:
     full: int
     on_site: Callable[[Site, int, random.Random], Outcome] | None = None
     alone: Callable[[Bench, int, random.Random], Outcome] | None = None
+    together: Callable[[Bench, Sequence[int], Sequence[random.Random]], list[Outcome]] | None = None
+    size: int = 1
     backends: tuple[str, ...] = BACKENDS
 
     def backend(self, number: int) -> str:
         return self.backends[number % len(self.backends)]
+
+    def next_of(self, left: Sequence[int]) -> list[int]:
+        """The trials of one backend that come next: one, or those of ``left`` that are made together with the first."""
+        place = len(self.backends) * self.size
+        return [number for number in left if number // place == left[0] // place] if self.together else [left[0]]
 
 
 FAULTS = (
@@ -79,8 +87,9 @@ FAULTS = (
     ),
     Fault("limits", "disk full, or memory limit, in training", 5, 30, alone=run_out),
     Fault("audit", "audit rows edited, deleted, reordered, cut off", 500, 10_000, on_site=tamper),
-    Fault("backup", "an old backup restored", 2, 10, alone=restore_backup),
-    Fault("canary", "search for a canary", 2, 10, alone=search_deployment),
+    Fault("state", "requests, prompts, active set altered by SQL", 100, 1_000, on_site=alter_state),
+    Fault("backup", "an old backup restored", 10, 50, alone=restore_backup),
+    Fault("canary", "search for a canary", 12, 60, together=search_deployment, size=TOGETHER),
 )
 
 
@@ -153,23 +162,30 @@ def run_lane(
     left = list(numbers)
     while left:
         with ExitStack() as stack:
-            site = None if fault.alone else stack.enter_context(bench.site(backend))
+            site = stack.enter_context(bench.site(backend)) if fault.on_site else None
             while left:
-                number = left.pop(0)
-                draw = random.Random(f"{seed}:{fault.name}:{number}")
+                these = fault.next_of(left)
+                left = [number for number in left if number not in these]
+                draws = [random.Random(f"{seed}:{fault.name}:{number}") for number in these]
                 try:
-                    outcome = one_trial(fault, bench, site, number, draw)
+                    outcomes = trials(fault, bench, site, these, draws)
                 except (FaultFailed, AssertionError) as error:
-                    done(number, Outcome(kind="broke off", reasons=[f"trial {number} broke off: {error}"]))
+                    for number in these:
+                        done(number, Outcome(kind="broke off", reasons=[f"trial {number} broke off: {error}"]))
                     break
-                done(number, outcome)
+                for number, outcome in zip(these, outcomes, strict=True):
+                    done(number, outcome)
 
 
-def one_trial(fault: Fault, bench: Bench, site: Site | None, number: int, draw: random.Random) -> Outcome:
+def trials(
+    fault: Fault, bench: Bench, site: Site | None, numbers: Sequence[int], draws: Sequence[random.Random]
+) -> list[Outcome]:
+    if fault.together is not None:
+        return fault.together(bench, numbers, draws)
     if fault.alone is not None:
-        return fault.alone(bench, number, draw)
+        return [fault.alone(bench, numbers[0], draws[0])]
     assert fault.on_site is not None and site is not None
-    return fault.on_site(site, number, draw)
+    return [fault.on_site(site, numbers[0], draws[0])]
 
 
 def summary(blocks: dict[str, dict[str, Any]], outcomes: Sequence[Outcome], **about: Any) -> dict[str, Any]:
@@ -204,7 +220,7 @@ def table(result: dict[str, Any]) -> Table:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="as in CI (the default)")
+    size.add_argument("--quick", action="store_true", help="some fifteen minutes on two idle cores (the default)")
     size.add_argument("--full", action="store_true", help="hours")
     size.add_argument("--trials", type=int, help="this many of each fault")
     parser.add_argument("--only", nargs="+", choices=[fault.name for fault in FAULTS], help="some of the faults")
@@ -268,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"bench.faults: {error}", markup=False)
         return 1
     if args.record:
-        write(OUT, (json.dumps(result) + "\n").encode())
+        write(OUT, (json.dumps({"machine": machine(), "date": today(), **result}) + "\n").encode())
     if args.json:
         print(json.dumps(result))
     else:

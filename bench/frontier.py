@@ -30,6 +30,7 @@ from bench.tuned import (
     Tuned,
     add_arguments,
     digest_of,
+    kept_in,
     kept_prompt,
     parse,
     record,
@@ -106,7 +107,7 @@ class Measured:
         self.classifier = Classifier(model.llm)
         self.work = work / digest_of(asdict(ROUTED_TRAINING))
         folder = model.work / "gate" if subject.kind == "people" else work / f"gate-{slug(subject.name)}"
-        self.rows = GateRows(model.llm, subject.others, GATE_ROWS, folder)
+        self.rows = GateRows(model.llm, subject.others, GATE_ROWS, kept_in(folder))
 
     @cached_property
     def space(self) -> GateSpace:

@@ -37,21 +37,23 @@ from schemathesis.core.failures import Failure
 from schemathesis.core.transport import Response
 from schemathesis.engine import events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
-from schemathesis.openapi.checks import RejectedPositiveData
+from schemathesis.openapi.checks import RejectedPositiveData, UseAfterFree
 from schemathesis.python.asgi import shutdown_lifespans
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.types import Receive, Scope, Send
 
-from app import active_set, db, job_queue, keys, lifecycle
+from app import active_set, db, job_queue, keys, lifecycle, shredding
 from app.active_set import TrainedGate
 from app.main import create_app
 from app.problems import MEDIA_TYPE
+from app.sealing import seal_prompt
 from app.settings import Settings
 from app.tables import RequestState, UnlearnRequest
 from app.vault import Vault
 from bench.replicas import POSTGRES
 from bench.site import fresh_database
+from bench.tuned import machine, today
 from models.gate import NEVER, Gate, GateSpace, fit_space
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
@@ -120,14 +122,22 @@ def _answer(response: Response | None) -> str:
 
 
 def unsayable(failure: Failure, response: Response) -> bool:
-    """Whether a body that keeps to the document was refused for what no JSON Schema can state, and for nothing else.
+    """Whether it is only what no JSON Schema can state: why a body that keeps to the document was refused, or an end.
 
     Tokens: characters can be limited, but a limit that rules out every text of too many tokens rules out most that fit.
-    Addresses: that a host is public and a URL holds no password. Times: that one is past, or to come.
+    Addresses: that a host is public and a URL holds no password. Times: that one is past, or to come. Keys: that an
+    Idempotency-Key came with another body before. Ends: what DELETE ended stays to be read, and says so.
     """
-    if not isinstance(failure, RejectedPositiveData) or response.status_code != 422:
+    if not isinstance(failure, RejectedPositiveData | UseAfterFree):
         return False
-    errors = json.loads(response.content).get("errors") or []
+    body = json.loads(response.content)
+    if isinstance(failure, UseAfterFree):
+        return response.status_code == 200 and body.get("disabled_at") is not None
+    if response.status_code != 422:
+        return False
+    if body["code"] == "idempotency-mismatch":
+        return True
+    errors = body.get("errors") or []
     return bool(errors) and all(
         error["field"] in _UNSAYABLE_FIELDS or _TOO_LONG.fullmatch(error["message"]) for error in errors
     )
@@ -243,19 +253,23 @@ class Ends:
             with self._sessions.begin() as session:
                 lifecycle.start_evaluating(session, claim)
             prompt, gate = _route(self._llm, self._space, number)
+            sealed = seal_prompt(
+                self._vault,
+                shredding.prepare_key(self._sessions, self._vault),
+                prompt=prompt.to_bytes(),
+                digest=prompt.digest,
+                gate=TrainedGate(gate.to_bytes(), gate.digest, gate.space),
+            )
             with self._sessions.begin() as session:
                 active_set.activate(
                     session,
-                    self._vault,
                     claim,
-                    prompt=prompt.to_bytes(),
-                    digest=prompt.digest,
+                    sealed,
                     fingerprint=prompt.fingerprint,
                     num_virtual_tokens=prompt.num_virtual_tokens,
                     hidden_size=self._llm.hidden_size,
                     metrics={"forget_abstain": 1.0},
                     expected_version=active_set.read_active_set(session).version,
-                    gate=TrainedGate(gate.to_bytes(), gate.digest, gate.space),
                 )
 
 
@@ -386,7 +400,7 @@ def main() -> int:
                 tallies[kind] = fuzz(url, home, llm, cases=-(-args.cases // len(kinds)), seed=args.seed)
     result = figures(tallies, seed=args.seed, seconds=time.monotonic() - started)
     show(tallies, console)
-    line = json.dumps(result)
+    line = json.dumps({"machine": machine(), "date": today(), **result})
     if args.record:
         Path("docs/bench/fuzz.json").write_text(line + "\n", encoding="utf-8")
     print(line)

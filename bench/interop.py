@@ -28,6 +28,7 @@ from app import zip_files
 from app.cli_interop import EXPORTED, read_files
 from app.defaults import load_arguments
 from app.settings import Quantization, get_settings
+from bench.tuned import machine, today
 from models.inference import Classifier
 from models.interop import max_bytes, peft_files, read_peft
 from models.llm import FrozenLLM
@@ -123,7 +124,7 @@ def main() -> int:
             result[kind] = found
             console.print(kind, found, markup=False)
     good = result["none"]["peft_and_plain"] <= LIMIT and all(result[kind]["imported_bit_for_bit"] for kind in kinds)
-    line = json.dumps(result)
+    line = json.dumps({"machine": machine(), "date": today(), **result})
     if args.record:
         Path("docs/bench/interop.json").write_text(line + "\n", encoding="utf-8")
     print(line)

@@ -7,9 +7,12 @@ makes texts of one word up to the server's limit of them, ``--texts bulk`` sends
 hang up before the answer.
 
 The server's resident memory is read every second; after the first fifth a line is fitted through it. Minutes say
-little about hours: the slope comes with its standard error. Ends with one JSON line; exit status 1 where a status was
-5xx (other than 503 with Retry-After), a connection broke, a label was wrong or memory grows: by more than 1 % an hour,
-two standard errors aside. ``--json`` prints the recorded result and computes nothing.
+little about hours: the slope comes with its standard error. Memory grows where the slope is above 1 % an hour and more
+than two standard errors above none at all. (Not above 1 % by two errors: a noisy run would then pass with any slope.) A
+slope above 1 % that noise may have made is neither: ``rss_undecided``, and a longer run is needed to tell.
+
+Ends with one JSON line; exit status 1 where a status was 5xx (other than 503 with Retry-After), a connection broke, a
+label was wrong or memory grows. ``--json`` prints the recorded result and computes nothing.
 """
 
 from __future__ import annotations
@@ -177,7 +180,8 @@ def figures(samples: Sequence[Sample], readings: Sequence[Reading], options: Opt
         "rss_slope_percent_per_hour": round(slope, 3),
         "rss_slope_stderr": round(error, 3),
         "rss_slope_limit": GROWTH,
-        "rss_grows": slope - 2 * error > GROWTH,
+        "rss_grows": slope > GROWTH and slope > 2 * error,
+        "rss_undecided": GROWTH < slope <= 2 * error,
         "rss_mb": [round(r.rss / 2**20, 1) for r in readings[:: max(1, len(readings) // 50)]],
         "files_open_most": max(r.files for r in readings),
     }

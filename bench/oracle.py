@@ -45,6 +45,7 @@ from bench.tuned import (
     add_arguments,
     digest_of,
     kept_answers,
+    kept_in,
     kept_prompt,
     parse,
     record,
@@ -126,7 +127,7 @@ class Bench:
     def request(self, llm: FrozenLLM) -> Routes:
         """The members' request, in force. Its training is that of one subject, whatever the pool holds."""
         forget = self.pool[: self.members]
-        gate_rows = GateRows(llm, self.around, GATE_ROWS, self.work / "gate")
+        gate_rows = GateRows(llm, self.around, GATE_ROWS, kept_in(self.work / "gate"))
         around = look_around(llm, gate_rows, gate_rows.fit_space(), forget, max_false_claims=FALSE_CLAIMS)
         prompt, facts = kept_prompt(
             self.work / "prompt", llm, lambda: train_soft_prompt(llm, forget, around.near, ROUTED_TRAINING)

@@ -45,6 +45,7 @@ from bench.tuned import (
     add_arguments,
     digest_of,
     kept_answers,
+    kept_in,
     kept_prompt,
     parse,
     record,
@@ -58,6 +59,7 @@ from models.gate import Gate, GateSpace
 from models.gate_fit import fit_gate
 from models.gate_rows import GateRows
 from models.llm import FrozenLLM
+from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt
 from models.surroundings import NEAR_ROWS, ROUTED_TRAINING
 from models.text_states import text_states
@@ -185,7 +187,7 @@ class Bench:
 
     def soft_prompt(self, tokens: int = TOKENS, run: int = 0) -> tuple[SoftPrompt, dict[str, Any]]:
         config = replace(self.training, num_virtual_tokens=tokens, seed=self.args.seed + run)
-        return self.trained(f"spul-{tokens}{nth(run, '-')}", self.retain, config, self.model.work / "teacher")
+        return self.trained(f"spul-{tokens}{nth(run, '-')}", self.retain, config, kept_in(self.model.work / "teacher"))
 
     def routed_prompt(self, run: int = 0) -> tuple[SoftPrompt, dict[str, Any]]:
         config = replace(self.near_training, seed=self.args.seed + run)
@@ -193,7 +195,7 @@ class Bench:
         return self.trained(f"routed-{digest_examples(near)[:12]}{nth(run, '-')}", near, config, None)
 
     def trained(
-        self, name: str, retain: Sequence[Example], config: TrainingConfig, teacher: Path | None
+        self, name: str, retain: Sequence[Example], config: TrainingConfig, cache: CacheFolder | None
     ) -> tuple[SoftPrompt, dict[str, Any]]:
         """A prompt for all forget rows, and facts on its training; one that was cut short goes on."""
         checkpoint = self.work / f"{name}.checkpoint"
@@ -210,7 +212,7 @@ class Bench:
                     self.forget,
                     retain,
                     config,
-                    teacher_dir=teacher,
+                    cache=cache,
                     resume=checkpoint.read_bytes() if checkpoint.exists() else None,
                     on_progress=tick,
                     on_checkpoint=lambda _step, data: write(checkpoint, data),
@@ -229,7 +231,7 @@ class Bench:
     def gate_rows(self) -> GateRows:
         # A cache of fewer rows would drop the others from the one that the benches share.
         folder = self.model.work if self.scale.retain is None else self.work
-        return GateRows(self.llm, self.retain, GATE_ROWS, folder / "gate")
+        return GateRows(self.llm, self.retain, GATE_ROWS, kept_in(folder / "gate"))
 
     @cached_property
     def space(self) -> GateSpace:

@@ -143,9 +143,13 @@ def refused(base: RowAnswers, where: torch.Tensor, llm: FrozenLLM) -> RowAnswers
     )
 
 
+TITLE = "Every method: accuracy in percent (95 % interval; the paper), weighted F1, answered `unknown`"
+
+
 def markdown(found: Mapping[str, Any], published: Mapping[str, tuple[float, ...]], names: Sequence[str]) -> str:
     """Accuracy in percent with its interval, weighted F1, the share answered ``unknown``; the paper's accuracy."""
-    lines = ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |", "| --- |" + " --- |" * len(names)]
+    lines = [f"# {TITLE}", "", "| | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("| --- |" + " --- |" * len(names))
     for method, sets in found.items():
         cells = []
         for at, name in enumerate(names):

@@ -97,7 +97,7 @@ class Bench:
             retain=str(rows),
         )
         self.folder, self.empty = folder, prepare(settings)
-        gate_rows = GateRows(self.empty.llm, self.empty.retain, settings.gate_rows, settings.home / "teacher")
+        gate_rows = GateRows(self.empty.llm, self.empty.retain, settings.gate_rows, self.empty.cache)
         started = time.perf_counter()
         self.space = gate_rows.fit_space()
         gate_rows.states([*gate_rows.calibration_rows, *gate_rows.check_rows])

@@ -1,18 +1,19 @@
 """What 1,000 active requests cost: ``python -m bench.routing_cost``. Demo model and demo reviews; gates are synthetic.
 
 A gate is a few directions, so random ones cost what real ones do. Bare model, 1 and ``--requests`` active requests are
-measured in turns, in one process; figures are ratios within a round. Ends with one JSON line. Wants an idle machine.
+measured in turns, in one process; figures are ratios within a round. Ends with one JSON line, kept in
+docs/bench/routing_cost.json; ``--json`` prints that and computes nothing. Wants an idle machine.
 ``bench.activation`` measures what it takes to activate one more.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from app.defaults import load_arguments
 from app.pull import reviews_dir
 from app.settings import get_settings
 from app.vault import Vault
+from bench.tuned import parse, record
 from models.examples import collate, read_examples
 from models.gate import NEVER, Gate, GateSpace, best_cosines
 from models.gate_rows import GateRows
@@ -29,6 +31,7 @@ from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.prefix_cache import Prefix, last_hidden
 from models.routing import Route, Routes, classify_routed
+from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt
 from models.text_states import text_states
 
@@ -81,14 +84,14 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=1, help="of each gate")
     parser.add_argument("--rounds", type=int, default=5, help="of one batch of 64 texts")
     parser.add_argument("--singles", type=int, default=200, help="single-text calls, for the latency")
-    args = parser.parse_args()
+    args = parse(parser, Path("docs/bench/routing_cost.json"))
     console = Console(stderr=True)
     settings = get_settings()
     llm = FrozenLLM.load(**load_arguments(settings))
     folder = reviews_dir(settings.home)
     retain = read_examples(str(folder / "train.jsonl"), labels=settings.labels)
     queries = read_examples(str(folder / "held_out.jsonl"), labels=settings.labels)
-    rows = GateRows(llm, retain, GATE_ROWS, settings.home / "bench-gate")
+    rows = GateRows(llm, retain, GATE_ROWS, CacheFolder(settings.home / "bench-gate", b"bench"))
     result = {
         "bench": "routing_cost",
         **measure(
@@ -102,7 +105,7 @@ def main() -> None:
         ),
     }
     console.print(result)
-    print(json.dumps(result))
+    record(args, result)
 
 
 def measure(

@@ -31,6 +31,7 @@ from bench.tuned import (
     Tuned,
     add_arguments,
     digest_of,
+    kept_in,
     kept_prompt,
     parse,
     record,
@@ -97,7 +98,7 @@ class Bench:
         self.model, self.persons, self.others, self.args = model, persons, others, args
         self.llm = model.llm
         self.classifier = Classifier(model.llm)
-        self.rows = GateRows(model.llm, model.retain, GATE_ROWS, model.work / "gate")
+        self.rows = GateRows(model.llm, model.retain, GATE_ROWS, kept_in(model.work / "gate"))
         self.work = model.work / f"sequence-{digest_of(GATE_ROWS, FALSE_CLAIMS, args.seed, args.quantization)}"
         self.space = self._space()
         test = model.sets["test_retain"]
@@ -132,7 +133,7 @@ class Bench:
                 self.model.retain,
                 config,
                 stack=stack,
-                teacher_dir=self.work / "teacher",
+                cache=kept_in(self.work / "teacher"),
                 on_checkpoint=lambda _step, data: write(folder / "checkpoint", data),
                 resume=(folder / "checkpoint").read_bytes() if (folder / "checkpoint").exists() else None,
             )

@@ -27,7 +27,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -55,7 +54,7 @@ from bench.clients import Sample, drive
 from bench.probes import Probes, find_probes
 from bench.routing_cost import interleaved, quantile
 from bench.site import Site, add_space, deployed, put_in_force
-from bench.tuned import parse, record
+from bench.tuned import machine, parse, record, today
 from models.examples import read_examples
 from models.inference import Classifier, Encoded
 from models.llm import FrozenLLM
@@ -267,13 +266,6 @@ def median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def machine() -> str:
-    """The processor, as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
     os.environ.update(values)
@@ -305,9 +297,9 @@ def main() -> None:
     found: dict[str, Any] = {"bench": "serving", "quantization": args.quantization}
     found |= {"threads": torch.get_num_threads(), "clients": args.clients, "rounds": args.rounds}
     if args.part != "http":
-        found |= {"machine": machine(), **over_the_model(run, args.sizes)}
+        found |= {"machine": machine(), "date": today(), **over_the_model(run, args.sizes)}
     if args.part != "engine":
-        found |= {"machine_http": machine(), **through_http(run)}
+        found |= {"machine_http": machine(), "date_http": today(), **through_http(run)}
     table = Table(title="above 1 is quicker, but for latencies")
     table.add_column("figure")
     table.add_column("", justify="right")

@@ -20,10 +20,11 @@ from pydantic import SecretStr
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, db, job_queue, keys, lifecycle
+from app import active_set, db, job_queue, keys, lifecycle, shredding
 from app.active_set import TrainedGate
 from app.defaults import resolve_model
 from app.lifecycle import ForgetText
+from app.sealing import seal_prompt
 from app.settings import Settings
 from app.vault import KEY_BYTES, Vault
 from bench.demo import free_port
@@ -206,20 +207,20 @@ def put_in_force(
             max_attempts=settings.max_attempts,
         )
         assert claim is not None
+    key = shredding.prepare_key(sessions, vault)
+    trained = TrainedGate(gate.to_bytes(), gate.digest, gate.space)
+    sealed = seal_prompt(vault, key, prompt=prompt.to_bytes(), digest=prompt.digest, gate=trained)
     with sessions.begin() as session:
         lifecycle.start_evaluating(session, claim)
         prompt_id = active_set.activate(
             session,
-            vault,
             claim,
-            prompt=prompt.to_bytes(),
-            digest=prompt.digest,
+            sealed,
             fingerprint=prompt.fingerprint,
             num_virtual_tokens=prompt.num_virtual_tokens,
             hidden_size=prompt.embeddings.shape[1],
             metrics={},
             expected_version=active_set.read_active_set(session).version,
-            gate=TrainedGate(gate.to_bytes(), gate.digest, gate.space),
         ).id
         version = active_set.read_active_set(session).version
     return prompt_id, version, time.perf_counter()

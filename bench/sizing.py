@@ -33,9 +33,11 @@ from app.defaults import load_arguments
 from app.pull import reviews_dir
 from app.settings import get_settings
 from bench import engine
+from bench.tuned import machine, today
 from models.examples import read_examples
 from models.inference import Classifier
 from models.llm import FrozenLLM, Quantization, quantize
+from models.packing import packable
 from models.routing import classify_routed
 from models.template import Template, Tokenizer, Verbalizer
 
@@ -118,7 +120,7 @@ def build(shape: Shape, tokenizer: Tokenizer, vocabulary: int, quantization: Qua
     model.model.layers = nn.ModuleList()
     nn.Module.to(model, target)
     for index in range(shape.depth):
-        layer = copy.deepcopy(first)
+        layer = copy.deepcopy(first, {id(first.self_attn.config): model.config})  # one, as every model has it
         layer.self_attn.layer_idx = index
         model.model.layers.append(layer)
     model.config.num_hidden_layers = model.model.config.num_hidden_layers = shape.depth
@@ -178,6 +180,9 @@ def main() -> None:
             + sum(2 * p.numel() for p in llm.model.parameters() if p.dtype == torch.uint8),
             **measure(llm, texts, args.batch, args.rounds),
             "batch": args.batch,
+            "packed": packable(llm),
+            "machine": machine(),
+            "date": today(),
             "threads": torch.get_num_threads(),
             "weights_mib": (built - before) / MIB,
             "serving_mib": process.memory_info().rss / MIB,

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.frontier import GATE_ROWS, people
-from bench.tuned import Tuned, add_arguments, digest_of, kept_prompt, parse, record, slug, tuned, write
+from bench.tuned import Tuned, add_arguments, digest_of, kept_in, kept_prompt, parse, record, slug, tuned, write
 from models.evaluation import row_answers
 from models.examples import Example, digest_examples
 from models.gate import GateSpace
@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, model: Tuned, args: argparse.Namespace) -> None:
         self.model, self.llm = model, model.llm
         self.people = people(args.data, model, args.seed)
-        self.rows = GateRows(self.llm, model.retain, GATE_ROWS, model.work / "gate")
+        self.rows = GateRows(self.llm, model.retain, GATE_ROWS, kept_in(model.work / "gate"))
         self.held_out = random.Random(args.seed).sample(self.people[0].held_out, HELD_OUT)
         rows = [digest_examples(found) for found in (*(p.texts for p in self.people), self.held_out)]
         settings = [asdict(CONFIG), ENCODER, FALSE_CLAIMS, TEXTS, args.seed, self.llm.fingerprint]

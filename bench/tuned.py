@@ -6,9 +6,12 @@ import argparse
 import hashlib
 import io
 import json
+import platform
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from models.evaluation import RowAnswers
 from models.examples import Example, digest_examples, read_examples
 from models.finetune import FinetuneConfig, FinetuneProgress, finetune
 from models.llm import FrozenLLM
+from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt
 from models.training import TrainingResult
 
@@ -131,9 +135,20 @@ def parse(parser: argparse.ArgumentParser, out: Path) -> argparse.Namespace:
     return args
 
 
+def machine() -> str:
+    """The processor, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
 def record(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Print one JSON line, and keep it."""
-    line = json.dumps(result)
+    """Print one JSON line, and keep it. It names machine and day, these unless it says otherwise."""
+    line = json.dumps({"machine": machine(), "date": today(), **result})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(line + "\n", encoding="utf-8")
     print(line)
@@ -145,6 +160,11 @@ def unpack(made: Path, work: Path) -> None:
         target = work / file.relative_to(made)
         if file.is_file() and not target.exists():
             write(target, file.read_bytes())
+
+
+def kept_in(folder: Path) -> CacheFolder:
+    """Caches of a bench's rows. Anybody may know which: they are public."""
+    return CacheFolder(folder, b"bench")
 
 
 def slug(name: str) -> str:

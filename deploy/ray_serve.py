@@ -28,7 +28,7 @@ from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.errors import Busy, NotReady
+from app.errors import Busy, KeyStoreAway, NotReady
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ def build() -> FastAPI:
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # Ray keeps what a replica prints: no key may be among it.
-    return create_app(get_settings().model_copy(update={"first_key": False}))
+    return create_app(get_settings().model_copy(update={"first_key": False}), alone=True)
 
 
 def check(service: Service) -> None:
     """Raises NotReady when a new replica may do better than this one: Serve replaces it after three such answers.
 
-    While the database does not answer, no replica would do better. Then this one refuses each request by itself, and
-    is back with the database; a new one would first have to load the model. Nor is a busy one replaced.
+    While the database or the key store does not answer, no replica would do better. Then this one refuses each request
+    by itself, and is back with them; a new one would first have to load the model. Nor is a busy one replaced.
     """
     try:
         service.serving.check()
-    except Busy as error:
-        log.warning("busy: %s", error.detail)
+    except (Busy, KeyStoreAway) as error:
+        log.warning("%s: %s", error.code, error.detail)
     except NotReady as error:
         try:
             with service.engine.connect():

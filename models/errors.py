@@ -35,6 +35,10 @@ class TrainingDiverged(ModelError):
     """The loss is not finite."""
 
 
+class NotFinite(ModelError):
+    """Numbers of a pass that are none: there is no answer in them."""
+
+
 class CheckpointError(ModelError):
     """A checkpoint does not belong to this run (other shapes, seed or fingerprint) or is damaged."""
 

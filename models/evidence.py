@@ -183,6 +183,28 @@ def make_evidence(rows: Rows, views: Views, labels: Sequence[str], *, seed: int)
     )
 
 
+def held_out_figures(rows: Rows, views: Views, labels: Sequence[str]) -> dict[str, Any]:
+    """Right answers on the held-out rows in both views, as metrics; empty without such rows.
+
+    A row without a label counts the answer of the base model as right.
+    """
+    others = rows.others
+    if not others:
+        return {}
+    before, after = (scores[-len(others) :].argmax(1).tolist() for scores in (views.base_scores, views.served_scores))
+    pairs = zip(others, before, strict=True)
+    truth = [labels.index(row.label) if row.label is not None else answer for row, answer in pairs]
+
+    def accuracy(answers: Sequence[int]) -> float:
+        return sum(a == b for a, b in zip(answers, truth, strict=True)) / len(truth)
+
+    return {
+        "held_out_rows": len(truth),
+        "held_out_accuracy_before": accuracy(before),
+        "held_out_accuracy": accuracy(after),
+    }
+
+
 def texts_of(rows: Rows) -> list[str]:
     return [e.text for e in [*rows.forget, *rows.retain, *(rows.others or ())]]
 

@@ -37,13 +37,14 @@ class GateFit:
 
     ``own_recall``: of the forget texts, by score alone. ``unseen_claimed``: estimated by leaving forget texts out in
     turn, each with its copies (at most _HELD_OUT of them, the clusters as they were), and ``unseen_certain``, the share
-    that needs no prompt; both None where nothing is left.
+    that needs no prompt; both None where nothing is left. ``unseen_rows``: how many were left out for that.
     """
 
     gate: Gate
     own_recall: float
     unseen_claimed: float | None
     unseen_certain: float | None
+    unseen_rows: int
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,12 @@ def _cluster(points: Tensor, count: int) -> Tensor:
 
 def _left_out_recall(
     own: Tensor, belongs: Tensor, copies: Tensor, directions: Tensor, others: Tensor, rates: _Rates
-) -> tuple[float | None, float | None]:
-    """Of _HELD_OUT of the points (n, D), what share a gate would claim, and decide alone, that saw no copy of them."""
+) -> tuple[float | None, float | None, int]:
+    """Of _HELD_OUT of the points (n, D), what share a gate would claim, and decide alone, that saw no copy of them; and
+    how many these are."""
     picked = [i for i in range(0, len(own), -(-len(own) // _HELD_OUT)) if not copies[i].all()]
     if not picked:
-        return None, None
+        return None, None, 0
     names = belongs.unique().tolist()
     scores = cosines(others, directions)
     claimed = certain = 0
@@ -194,4 +196,4 @@ def _left_out_recall(
         score = float(best_cosines(own[i : i + 1], near))
         claimed += score > threshold
         certain += score > sure
-    return claimed / len(picked), certain / len(picked)
+    return claimed / len(picked), certain / len(picked), len(picked)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from models.errors import DatasetError
 from models.examples import Example, digest_examples
 from models.gate import GateSpace, best_cosines, fit_space
 from models.llm import FrozenLLM
-from models.row_cache import RowCache
+from models.row_cache import CacheFolder, RowCache
 from models.text_states import gate_layers, text_states
 
 _VERSION = 1  # of how a space is made from its rows
@@ -30,15 +29,16 @@ class GateRows:
     ``space_rows``, ``calibration_rows`` and ``check_rows`` are indices into ``retain``; a row never changes sides.
     """
 
-    def __init__(self, llm: FrozenLLM, retain: Sequence[Example], count: int, directory: Path | None = None) -> None:
+    def __init__(
+        self, llm: FrozenLLM, retain: Sequence[Example], count: int, folder: CacheFolder | None = None
+    ) -> None:
         """Raises DatasetError when there are too few different texts for all sides."""
         self.llm, self.retain = llm, retain
         self.space_rows, self.calibration_rows, self.check_rows = sides(retain, count)
         if min(len(self.space_rows), len(self.calibration_rows), len(self.check_rows)) < 2:
             raise DatasetError("the retain set has too few different texts for a gate")
         width = len(gate_layers(llm)) * llm.hidden_size
-        file = directory / f"gate-{llm.fingerprint[:32]}.npz" if directory is not None else None
-        self._cache = RowCache([row.text for row in retain], width, file)
+        self._cache = RowCache([row.text for row in retain], width, folder, f"gate-{llm.fingerprint[:32]}")
 
     def states(self, indices: Sequence[int]) -> Tensor:
         """(k, D) float32 on the CPU; computes what is missing and keeps it."""

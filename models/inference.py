@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from models.errors import NotFinite
 from models.llm import FrozenLLM
 from models.packing import fits
 from models.passes import by_length, run_rows
@@ -26,8 +27,11 @@ def answer_scores(llm: FrozenLLM, hidden: Tensor) -> Tensor:
     """Hidden states (N, d) → probabilities (N, L+1): each label, and last the generic labels together (abstain).
 
     The largest is the answer. Generic words are one answer to the reader, so their masses add before they compete.
+    Raises NotFinite: the largest of such numbers would be some label, and an answer that is to be suppressed get out.
     """
     probabilities = llm.logits(hidden, llm.verbalizer.ids).softmax(-1)
+    if not bool(probabilities.isfinite().all()):
+        raise NotFinite("the model's scores are not finite")
     labels = len(llm.verbalizer.labels)
     return torch.cat([probabilities[:, :labels], probabilities[:, labels:].sum(-1, keepdim=True)], dim=-1)
 
@@ -58,10 +62,14 @@ class Encoded:
 
 
 class Classifier:
-    """Scores label words for texts behind a set of prompts. Not thread-safe: one model thread owns it."""
+    """Scores label words for texts behind a set of prompts. Not thread-safe: one model thread owns it.
 
-    def __init__(self, llm: FrozenLLM) -> None:
+    ``before_pass`` is called before each pass of texts; what it raises ends the call.
+    """
+
+    def __init__(self, llm: FrozenLLM, *, before_pass: Callable[[], None] = lambda: None) -> None:
         self.llm = llm
+        self._before_pass = before_pass
         # Content-addressed: ordered prompt digests of this one model.
         self._prefixes: OrderedDict[tuple[str, ...], Prefix | None] = OrderedDict()
         self._tokens = self._padding = 0
@@ -99,7 +107,10 @@ class Classifier:
     def classify(
         self, texts: Sequence[str | Encoded], prompts: Sequence[SoftPrompt] = (), *, batch_size: int = BATCH
     ) -> list[Classification]:
-        """One Classification per text. Raises FingerprintMismatch, TextTooLong; no prompt is ever left out."""
+        """One Classification per text; no prompt is ever left out.
+
+        Raises FingerprintMismatch, TextTooLong, NotFinite.
+        """
         return self.answers(answer_scores(self.llm, self.hidden(texts, prompts, batch_size=batch_size)))
 
     @torch.no_grad()
@@ -125,6 +136,7 @@ class Classifier:
     def _run(
         self, rows: list[Sequence[int]], prefix: Prefix | None, layers: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
+        self._before_pass()
         tokens, packed = sum(len(row) for row in rows), fits(self.llm, prefix.length if prefix is not None else 0, rows)
         self._tokens += tokens
         self._padding += 0 if packed else len(rows) * max(len(row) for row in rows) - tokens

@@ -70,7 +70,7 @@ class FrozenLLM:
     ) -> FrozenLLM:
         """Load a hub id, a local directory or a ``.gguf`` file; merge ``adapter``; quantize; freeze.
 
-        CPU computes in float32, CUDA in bfloat16. The adapter is merged in full precision, before quantization.
+        CPU computes in float32, CUDA in bfloat16; the adapter is merged before quantization, in the same.
         Raises ModelError (and its InvalidTemplate, InvalidVerbalizer) with a message that says what to mend.
         """
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -158,8 +158,10 @@ class FrozenLLM:
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
         if token_ids is not None:
+            # Few rows, so in float32: bfloat16 has steps of an eighth where logits are about 20.
             index = torch.tensor(token_ids, device=weight.device)
-            weight, bias = weight[index], None if bias is None else bias[index]
+            weight, bias = weight[index].float(), None if bias is None else bias[index].float()
+            hidden = hidden.float()
         logits = nn.functional.linear(hidden, weight, bias).float()
         if self._softcap:  # Gemma 2
             logits = torch.tanh(logits / self._softcap) * self._softcap

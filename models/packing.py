@@ -55,7 +55,7 @@ def packable(llm: FrozenLLM) -> bool:
     if llm not in _packable:
         _packable[llm] = _keeps_rows_apart(llm)
         if not _packable[llm]:
-            log.info("%s: training steps are not packed, and slower", type(llm.model).__name__)
+            log.warning("%s: its rows are not packed, so training and serving are slower", type(llm.model).__name__)
     return _packable[llm]
 
 

@@ -38,7 +38,8 @@ class RoutedReport:
 
     ``forget_abstain``: by this request's own gate and prompt, beside the others and without them, and without the guard
     that knows the forget texts by their digests. ``prompt_abstain``: by the prompt alone, whatever the gate says.
-    ``unseen_claimed`` and ``unseen_certain``: see ``GateFit``; what is served lies between the two.
+    ``unseen_claimed`` and ``unseen_certain``: see ``GateFit``; what is served lies between the two. ``unseen_rows``: of
+    how many of the forget texts they are.
     ``false_claim_rate`` is this gate's, ``total_claim_rate`` the whole set's, on rows that set no threshold;
     ``false_abstain_rate``: of those rows, the share that this request alone would answer ``unknown``.
     ``neighbour_…``: of those rows, none of which the prompt has seen either, the ones that this request's gate would
@@ -52,6 +53,7 @@ class RoutedReport:
     gate_recall: float
     unseen_claimed: float | None
     unseen_certain: float | None
+    unseen_rows: int
     false_claim_rate: float
     false_abstain_rate: float
     total_claim_rate: float
@@ -161,6 +163,7 @@ def check_routes(
         gate_recall=fit.own_recall,
         unseen_claimed=fit.unseen_claimed,
         unseen_certain=fit.unseen_certain,
+        unseen_rows=fit.unseen_rows,
         false_claim_rate=len(claimed) / len(rows),
         false_abstain_rate=false_abstain / len(rows),
         total_claim_rate=total,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.errors import FingerprintMismatch, InvalidGate, ModelError
+from models.errors import FingerprintMismatch, InvalidGate, NotFinite
 from models.gate import Gate, GateSpace, cosines
 from models.inference import BATCH, Classification, Classifier, Encoded, answer_scores
 from models.soft_prompt import SoftPrompt
@@ -114,10 +114,10 @@ class Routes:
     def margins(self, states: Tensor) -> Tensor:
         """Score minus threshold, (N, k) float64; a gate claims where it is positive. ``states``: (N, D), CPU.
 
-        Raises ModelError for states that are not finite: no gate would claim them, and the prompts would be left out.
+        Raises NotFinite for such states: no gate would claim them, and the prompts would be left out.
         """
         if not bool(torch.isfinite(states).all()):
-            raise ModelError("the model's hidden states are not finite")
+            raise NotFinite("the model's hidden states are not finite")
         out = torch.empty(len(states), len(self.routes), dtype=torch.float64)
         for block in self._blocks:
             out[:, block.indices] = block.scores(block.space.points(states))
@@ -167,7 +167,7 @@ def classify_routed(
     """Answers in the order of ``texts``. ``digest``: the keyed digest of a text that brings none of its own; None
     leaves the guard out for it.
 
-    Raises TextTooLong, FingerprintMismatch.
+    Raises TextTooLong, FingerprintMismatch, NotFinite.
     """
     llm = classifier.llm
     hidden, states = classifier.base_pass(texts, batch_size=batch_size)

@@ -1,16 +1,19 @@
 """Vectors of texts, computed once and kept on disk: found by their text, so a set that lost a row keeps the rest.
 
 A row that the reader no longer has is gone from the file with the next ``save``: what was asked to be forgotten must
-not outlive the request in a cache.
+not outlive the request in a cache. Texts are named by keyed digests: whoever has the file, and not the key, cannot try
+a text that they can guess.
 """
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +23,40 @@ from torch import Tensor
 log = logging.getLogger("letheon.models")
 
 _STALE_SECONDS = 3600.0
-_KEY_BYTES = 16  # of the text's SHA-256
+_NAME_BYTES = 16  # of the text's HMAC-SHA256
+
+
+@dataclass(frozen=True, repr=False)
+class CacheFolder:
+    """Where caches are kept, and the secret that the texts in them are named under."""
+
+    path: Path
+    key: bytes
+
+    def name(self, text: str) -> bytes:
+        return hmac.digest(self.key, text.encode(), sha256)[:_NAME_BYTES]
 
 
 class RowCache:
     """float32 vectors (N, ``width``) of ``texts``, by index. Rows of equal text share the place of the first.
 
-    ``file``: ``<kind>-<model>.npz``, None keeps them in memory only. Of two processes that write, the last one's stays.
+    Without a ``folder`` they are kept in memory only. ``name``: of the file in it, ``<kind>-<model>``. Of two processes
+    that write, the last one's stays.
     """
 
-    def __init__(self, texts: Sequence[str], width: int, file: Path | None) -> None:
+    def __init__(self, texts: Sequence[str], width: int, folder: CacheFolder | None, name: str) -> None:
         self._texts = texts
-        places: dict[bytes, int] = {}
-        self._place = np.array([places.setdefault(text_key(text), len(places)) for text in texts], dtype=np.int64)
-        self._keys = np.frombuffer(b"".join(places), np.uint8).reshape(-1, _KEY_BYTES)
+        places: dict[str, int] = {}
+        self._place = np.array([places.setdefault(text, len(places)) for text in texts], dtype=np.int64)
+        self._names = np.zeros((0, _NAME_BYTES), np.uint8)
         self._vectors = np.zeros((len(places), width), np.float32)
         self._known = np.zeros(len(places), bool)
         self._file: Path | None = None
         self._dirty = False
-        if file is not None:
+        if folder is not None:
+            names = b"".join(folder.name(text) for text in places)
+            self._names = np.frombuffer(names, np.uint8).reshape(-1, _NAME_BYTES)
+            file = folder.path / f"{name}.npz"
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:  # a cache: without its folder it is kept in memory
@@ -71,7 +89,7 @@ class RowCache:
     def _write(self, file: Path) -> None:
         partial = file.with_name(f"{file.stem}.{np.random.default_rng().integers(1 << 62):x}.partial")
         with open(partial, "xb", opener=_private) as handle:
-            np.savez(handle, keys=self._keys[self._known], vectors=self._vectors[self._known])
+            np.savez(handle, names=self._names[self._known], vectors=self._vectors[self._known])
         partial.replace(file)
         # Files of other models would keep rows that were to be forgotten since; partial ones are of writers that died.
         for other in file.parent.glob(f"{file.stem.partition('-')[0]}-*.npz"):
@@ -87,21 +105,17 @@ class RowCache:
             return
         try:
             with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
-                keys, vectors = stored["keys"], stored["vectors"]
-            if keys.shape != (len(vectors), _KEY_BYTES) or vectors.shape[1:] != self._vectors.shape[1:]:
+                names, vectors = stored["names"], stored["vectors"]
+            if names.shape != (len(vectors), _NAME_BYTES) or vectors.shape[1:] != self._vectors.shape[1:]:
                 raise ValueError("shapes")
         except Exception:  # zipfile and numpy have many ways to say that a file is damaged
             log.warning("%s is damaged and is made anew", file.name)
             return
-        places = {key.tobytes(): place for place, key in enumerate(self._keys)}
-        found = [(places[key.tobytes()], k) for k, key in enumerate(keys) if key.tobytes() in places]
+        places = {name.tobytes(): place for place, name in enumerate(self._names)}
+        found = [(places[name.tobytes()], k) for k, name in enumerate(names) if name.tobytes() in places]
         for place, k in found:
             self._vectors[place], self._known[place] = vectors[k], True
-        self._dirty = len(found) < len(keys)
-
-
-def text_key(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:_KEY_BYTES]
+        self._dirty = len(found) < len(names)
 
 
 def _private(path: str, flags: int) -> int:

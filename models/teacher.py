@@ -7,7 +7,6 @@ gives the very same log-probabilities back. Rows are filled when a step first ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,19 +14,19 @@ from torch import Tensor
 from models.examples import Example
 from models.inference import Classifier
 from models.llm import FrozenLLM
-from models.row_cache import RowCache
+from models.row_cache import CacheFolder, RowCache
 
 
 class Teacher:
-    """Hidden states (N, d) of ``retain``, by index. ``directory`` None keeps them in memory only."""
+    """Hidden states (N, d) of ``retain``, by index. Without a ``folder`` they are kept in memory only."""
 
-    def __init__(self, llm: FrozenLLM, retain: Sequence[Example], directory: Path | None = None) -> None:
+    def __init__(self, llm: FrozenLLM, retain: Sequence[Example], folder: CacheFolder | None = None) -> None:
         self.llm = llm
         self.retain = retain
         self._classifier = Classifier(llm)
         dtype = str(llm.dtype).removeprefix("torch.")  # a training copy has states of its own
-        file = directory / f"teacher-{llm.fingerprint[:32]}-{dtype}.npz" if directory is not None else None
-        self._cache = RowCache([example.text for example in retain], llm.hidden_size, file)
+        texts, name = [example.text for example in retain], f"teacher-{llm.fingerprint[:32]}-{dtype}"
+        self._cache = RowCache(texts, llm.hidden_size, folder, name)
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         """(k, d) float32 on the model's device; computes what is missing."""

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from models.llm import FrozenLLM
 from models.losses import forget_ce, retain_ce, retain_kl, spul_loss
 from models.parametrization import ResidualEncoder, initial_prompt
 from models.prefix_cache import Prefix, compute_prefix, last_hidden
+from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt, compose
 from models.teacher import Teacher
 from models.training_copy import training_copy
@@ -121,7 +121,7 @@ def train_soft_prompt(
     *,
     stack: Sequence[SoftPrompt] = (),
     start: SoftPrompt | None = None,
-    teacher_dir: Path | None = None,
+    cache: CacheFolder | None = None,
     resume: bytes | None = None,
     deadline: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -133,10 +133,11 @@ def train_soft_prompt(
 
     ``stack``: prompts in force, placed before φ and frozen, so φ is trained for the very context it will serve in.
     ``start``: φ to begin with instead of words of the forget set; the first checkpoint is at step 0 then, since a
-    resumed run does not ask for it. ``deadline``: a ``time.monotonic()`` value. ``should_stop`` is asked every step; on
-    True a last checkpoint is handed out and the result says ``cancelled``. A run is a function of (data, config, stack,
-    start): a resumed one continues the same sequence of batches. Raises DatasetError, TrainingDiverged, TextTooLong,
-    CheckpointError, FingerprintMismatch, and ValueError for a ``start`` of another length.
+    resumed run does not ask for it. ``cache``: where the teacher's states are kept for the next run. ``deadline``: a
+    ``time.monotonic()`` value. ``should_stop`` is asked every step; on True a last checkpoint is handed out and the
+    result says ``cancelled``. A run is a function of (data, config, stack, start): a resumed one continues the same
+    sequence of batches. Raises DatasetError, TrainingDiverged, TextTooLong, CheckpointError, FingerprintMismatch, and
+    ValueError for a ``start`` of another length.
     """
     if not forget or not retain:
         raise DatasetError("training needs at least one forget row and one retain row")
@@ -170,7 +171,7 @@ def train_soft_prompt(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     prefix_length = len(phi) + (0 if behind is None else len(behind)) + len(llm.template.head_ids)
     llm.check_fits([*batches.forget_rows, *batches.retain_rows], prefix_length)
-    teacher = Teacher(llm, retain, teacher_dir)
+    teacher = Teacher(llm, retain, cache)
     # What is checked and kept is the running mean of φ: forget and retain take turns winning, their mean does both.
     mean = nn.Parameter(phi.detach().clone(), requires_grad=False)
     # KL of each retain row, when it was last seen, that the teacher has right: what is disturbed most is repeated most.

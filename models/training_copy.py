@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from models.llm import FrozenLLM
@@ -53,9 +51,8 @@ def _copy(llm: FrozenLLM) -> FrozenLLM:
             if key in module._buffers:
                 module._buffers[key] = buffer.clone()  # rotary frequencies keep their float32
         for key, parameter in module.named_parameters(recurse=False):
-            if isinstance(source, Linear4bit) and key == "weight":
-                weight = cast(Params4bit, source.weight)
-                value = dequantize_4bit(weight.data, weight.quant_state)
+            if key == "weight" and hasattr(source.weight, "quant_state"):
+                value = _dequantized(source.weight)
                 # Linear4bit is (out, in); GPT-2's Conv1D is (in, out).
                 parameter.copy_(value if isinstance(module, nn.Linear) else value.t())
             else:
@@ -63,3 +60,9 @@ def _copy(llm: FrozenLLM) -> FrozenLLM:
                 parameter.copy_(value if value.shape == parameter.shape else value.t())
     identity = {k: llm.identity[k] for k in ("base", "adapter", "quantization", "dtype")}
     return FrozenLLM(model, llm.tokenizer, template=llm.template, verbalizer=llm.verbalizer, identity=identity)
+
+
+def _dequantized(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit  # here: a second and a half that only models under NF4 need
+
+    return dequantize_4bit(weight.data, cast(Any, weight).quant_state)

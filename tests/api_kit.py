@@ -24,11 +24,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from tiny_models import make_tiny_model
 
-from app import active_set, db, job_queue, keys, lifecycle
+from app import active_set, db, job_queue, keys, lifecycle, shredding
 from app.active_set import TrainedGate
 from app.deps import Service
 from app.lifecycle import ForgetText
 from app.main import create_app, make_server
+from app.sealing import seal_prompt
 from app.settings import Settings
 from models.gate import NEVER, Gate, GateSpace, best_cosines, fit_space
 from models.gate_fit import mean_direction
@@ -203,20 +204,19 @@ def add_prompt(
         ).id
     claimed = claim(service, request_id)
     data = prompt.to_bytes()
+    key = shredding.prepare_key(service.sessions, service.vault)
+    sealed = seal_prompt(service.vault, key, prompt=data, digest=hashlib.sha256(data).hexdigest(), gate=trained)
     with service.sessions.begin() as session:
         lifecycle.start_evaluating(session, claimed)
         return active_set.activate(
             session,
-            service.vault,
             claimed,
-            prompt=data,
-            digest=hashlib.sha256(data).hexdigest(),
+            sealed,
             fingerprint=prompt.fingerprint,
             num_virtual_tokens=prompt.num_virtual_tokens,
             hidden_size=tiny_llm().hidden_size,
             metrics={"forget_abstain": 1.0},
             expected_version=active_set.read_active_set(session).version,
-            gate=trained,
         ).id
 
 
@@ -258,3 +258,12 @@ def sse(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         elif not line and event:
             yield event
             event = {}
+
+
+def take_database_away(service: Service, folder: Path) -> None:
+    """The SQLite file is gone, and what is in its place cannot be opened."""
+    for engine in (service.engine, service.readers):
+        engine.dispose()
+    for file in folder.glob("letheon.db*"):
+        file.rename(file.with_name("moved-" + file.name))
+    (folder / "letheon.db").mkdir()

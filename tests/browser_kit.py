@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from api_kit import wait_until
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image
 from playwright.sync_api import Browser, Page
 from worker_kit import Site
 
@@ -24,13 +21,16 @@ from app.main import create_app, make_server
 from models.llm import FrozenLLM
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PICTURES = os.environ.get("LETHEON_SCREENSHOTS", "")
-"""A folder; empty: no pictures are kept."""
 PATIENCE = 120_000  # milliseconds, for machines that have other work
 _SHIFTS = """
 window.shifted = 0;
+window.moved = [];
 new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifted += entry.value;
+  for (const entry of list.getEntries()) {
+    if (entry.hadRecentInput) continue;
+    window.shifted += entry.value;
+    window.moved.push(entry.sources.map((one) => one.node && (one.node.id || one.node.className || one.node.nodeName)));
+  }
 }).observe({type: "layout-shift", buffered: true});
 """
 
@@ -93,8 +93,14 @@ class Watched:
         shifted: float = self.page.evaluate("window.shifted")
         return shifted
 
-    def check(self, name: str, *, picture: bool = True, axe: bool = True) -> None:
-        """What every page has to keep; and its picture, where pictures are kept."""
+    @property
+    def moved(self) -> list[list[str]]:
+        """What has, by id or class."""
+        moved: list[list[str]] = self.page.evaluate("window.moved")
+        return moved
+
+    def check(self, name: str, *, axe: bool = True) -> None:
+        """What every page has to keep."""
         found = Axe().run(self.page).response["violations"] if axe else []
         self.errors += [
             f"{name}: {one['id']}: {[node['html'][:200] for node in one['nodes']]}"
@@ -103,18 +109,13 @@ class Watched:
         ]
         if self.page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
             self.errors.append(f"{name}: wider than the window")
-        if PICTURES and picture:
-            path = Path(PICTURES) / f"console-{name}.png"
-            self.page.screenshot(path=path, full_page=True, animations="disabled")
-            few_colours = Image.open(path).convert("RGB").quantize(96, dither=Image.Dither.NONE)
-            few_colours.save(path, optimize=True)
 
     def assert_clean(self) -> None:
         assert not self.errors, "\n".join(self.errors)
         assert self.hosts == {urlsplit(self.address).netloc}
 
 
-def watched(browser: Browser, address: str, **context: Any) -> Watched:
-    """A fresh browser profile, 1200 by 800."""
-    made = browser.new_context(viewport={"width": 1200, "height": 800}, locale="en-GB", timezone_id="UTC", **context)
+def watched(browser: Browser, address: str, *, height: int = 800, **context: Any) -> Watched:
+    """A fresh browser profile, 1200 wide. What moves below the window's edge nobody sees, and nor does the observer."""
+    made = browser.new_context(viewport={"width": 1200, "height": height}, locale="en-GB", timezone_id="UTC", **context)
     return Watched(made.new_page(), address)

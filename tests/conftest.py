@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from databases import database_kinds, fresh_database, postgres_admin_url, redis_url
@@ -18,9 +23,21 @@ from app.vault import Vault
 # Tiny models gain nothing from a second thread, and lose much to waiting for it on a machine that has other work.
 torch.set_num_threads(1)
 
+# Hypothesis would draw the same examples in every run where CI is set.
+hypothesis.settings.load_profile("default")
+
+# No test pulls the plug, so none has to wait for a disk: temporary files go to memory where there is room.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+
+# A shell's background job starts without it, and so would all that tests start and then end by Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # Minutes of waiting for real processes, in modules of few tests: last, they would leave all other workers idle.
 LONGEST = (
+    "test_tutorial",
     "test_durability",
     "test_ray_serve",
     "test_processes",

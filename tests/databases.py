@@ -8,16 +8,21 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
 
 from app import db
+
+MOST_BYTES = 64 * 2**20
+"""Of a database that is emptied and not dropped."""
 
 
 def listens(port: int) -> bool:
@@ -49,40 +54,143 @@ def postgres_admin_url() -> str | None:
 @contextmanager
 def fresh_database(kind: str, folder: Path, *, empty: bool = False) -> Iterator[str]:
     """A database that did not exist before, migrated unless ``empty``; dropped afterwards. No other one is touched."""
-    name = f"letheon_test_{secrets.token_hex(8)}"
     if kind == "sqlite":
-        path = folder / f"{name}.db"
+        path = folder / f"{_name()}.db"
         yield f"sqlite:///{path}" if empty else migrated_database(path)
         return
-    with _postgres(name, "template0" if empty else _postgres_template()) as url:
-        yield url
+    name = _create("template0") if empty else _spares().take()
+    try:
+        yield _url(name)
+    finally:
+        if empty:
+            _drop(name)
+        else:
+            _spares().give_back(name)
 
 
-@contextmanager
-def _postgres(name: str, template: str) -> Iterator[str]:
-    admin_url = postgres_admin_url()
-    assert admin_url is not None
-    with psycopg.connect(admin_url, autocommit=True) as admin:
+class _Spares:
+    """Migrated PostgreSQL databases that go from test to test. To make and drop one takes the server ten times as long
+    as to empty it. That is done beside the next test, and the schema is looked at: a test may have changed it."""
+
+    def __init__(self) -> None:
+        self._template = _create("template0")
+        db.upgrade(_url(self._template))
+        with psycopg.connect(_url(self._template).replace("+psycopg", ""), autocommit=True) as connection:
+            self._schema = _schema(connection)
+            self._first = {table: _copied(connection, table) for table in _tables(connection)}
+            self._sequences = connection.execute(
+                "SELECT format('%I.%I', schemaname, sequencename), coalesce(last_value, start_value), "
+                "last_value IS NOT NULL FROM pg_sequences"
+            ).fetchall()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="databases")
+        self._free: list[str] = []
+        self._emptied: list[Future[None]] = []
+        self._all = {self._template}
+        atexit.register(self._end)
+
+    def take(self) -> str:
+        with suppress(IndexError):  # the thread adds to it
+            return self._free.pop()
+        name = _create(self._template)
+        self._all.add(name)
+        return name
+
+    def give_back(self, name: str) -> None:
+        self._emptied.append(self._thread.submit(self._empty, name))
+
+    def _empty(self, name: str) -> None:
+        with psycopg.connect(_url(name).replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            (size,) = connection.execute("SELECT pg_database_size(current_database())").fetchone() or (0,)
+            fits = _schema(connection) == self._schema and size <= MOST_BYTES
+            if fits:
+                self._fill(connection)
+        if not fits:
+            _drop(name)
+            self._all.discard(name)
+            return
+        # Under another name: what an earlier test left running must not write into a later one's.
+        again = _name()
+        with _admin() as admin:
+            admin.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*map(sql.Identifier, (name, again))))
+        self._all ^= {name, again}
+        self._free.append(again)
+
+    def _fill(self, connection: psycopg.Connection) -> None:
+        with connection.transaction():
+            connection.execute("SET LOCAL session_replication_role = replica")  # in whatever order
+            for table, rows in self._first.items():
+                connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(table)))
+                with connection.cursor().copy(sql.SQL("COPY {} FROM STDIN").format(sql.Identifier(table))) as copy:
+                    copy.write(rows)
+            for sequence in self._sequences:
+                connection.execute("SELECT setval(%s::regclass, %s, %s)", sequence)
+
+    def _end(self) -> None:
+        for name in self._all:  # the thread has ended by now
+            _drop(name)
+        for emptied in self._emptied:
+            emptied.result()  # raises what went wrong
+
+
+@lru_cache
+def _spares() -> _Spares:
+    return _Spares()
+
+
+def _tables(connection: psycopg.Connection) -> list[str]:
+    return [name for (name,) in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+
+
+def _copied(connection: psycopg.Connection, table: str) -> bytes:
+    with connection.cursor().copy(sql.SQL("COPY {} TO STDOUT").format(sql.Identifier(table))) as copy:
+        return b"".join(bytes(part) for part in copy)
+
+
+def _schema(connection: psycopg.Connection) -> list[tuple[Any, ...]]:
+    """Columns, indices, constraints, triggers and sequences."""
+    return connection.execute(
+        "SELECT c.relname, c.relkind, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull "
+        "FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped "
+        "WHERE c.relnamespace = 'public'::regnamespace "
+        "UNION ALL SELECT conname, contype, pg_get_constraintdef(oid), '', false FROM pg_constraint "
+        "WHERE connamespace = 'public'::regnamespace "
+        "UNION ALL SELECT tgname, tgenabled, tgrelid::regclass::text, '', false FROM pg_trigger "
+        "ORDER BY 1, 2, 3"
+    ).fetchall()
+
+
+def _create(template: str) -> str:
+    name = _name()
+    with _admin() as admin:
         names = [sql.Identifier(name), sql.Identifier(template)]
         admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {} ENCODING 'UTF8'").format(*names))
         # No test pulls the plug on this server, so none has to wait for its disk.
         admin.execute(sql.SQL("ALTER DATABASE {} SET synchronous_commit TO off").format(names[0]))
-        try:
-            url = make_url(admin_url).set(drivername="postgresql", database=name)
-            yield url.render_as_string(hide_password=False)
-        finally:
-            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
-@lru_cache
-def _postgres_template() -> str:
-    """One of this process, copied for each test: a migration takes ten times as long as a copy."""
-    name = f"letheon_test_template_{secrets.token_hex(8)}"
-    stack = ExitStack()
-    url = stack.enter_context(_postgres(name, "template0"))
-    atexit.register(stack.close)
-    db.upgrade(url)
     return name
+
+
+def _drop(name: str) -> None:
+    with _admin() as admin:
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _admin() -> psycopg.Connection:
+    admin_url = postgres_admin_url()
+    assert admin_url is not None
+    return psycopg.connect(admin_url, autocommit=True)
+
+
+def _url(name: str) -> str:
+    url = make_url(postgres_admin_url() or "").set(drivername="postgresql", database=name)
+    return url.render_as_string(hide_password=False)
+
+
+def _name() -> str:
+    return f"letheon_test_{secrets.token_hex(8)}"
 
 
 @lru_cache

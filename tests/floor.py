@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, approval, job_queue, lifecycle
+from app import active_set, approval, job_queue, lifecycle, shredding
 from app.active_set import TrainedGate
 from app.lifecycle import Claim, ForgetText
+from app.sealing import seal_prompt
 from app.tables import utcnow
 from app.terms import Terms, agree
 from app.vault import Vault
@@ -20,7 +22,13 @@ Sessions = sessionmaker[Session]
 
 
 def submit(
-    sessions: Sessions, vault: Vault, *texts: str, terms: Terms | None = None, api_key_id: str | None = None
+    sessions: Sessions,
+    vault: Vault,
+    *texts: str,
+    terms: Terms | None = None,
+    api_key_id: str | None = None,
+    options: dict[str, Any] | None = None,
+    set_digest: bytes | None = None,
 ) -> str:
     """A pending request; its id."""
     with sessions.begin() as session:
@@ -29,10 +37,11 @@ def submit(
             vault,
             texts=[ForgetText(text, "negative") for text in texts or (SECRET,)],
             reason="asked by mail",
-            options={},
+            options=options or {},
             fingerprint=FINGERPRINT,
             api_key_id=api_key_id,
             terms=terms,
+            set_digest=set_digest,
         ).id
 
 
@@ -43,12 +52,13 @@ def terms(*, approval: bool = False, minutes: float | None = None) -> Terms:
     return agree(received_at=None, expires_at=expires_at, approval_required=approval, months=1, now=now)
 
 
-def await_approval(sessions: Sessions, claim: Claim) -> None:
+def await_approval(sessions: Sessions, claim: Claim, *, data: bytes = b"tensor") -> None:
     """Check a claimed request and leave it to somebody else's decision."""
+    digest = hashlib.sha256(data).hexdigest()
     with sessions.begin() as session:
         lifecycle.start_evaluating(session, claim)
     with sessions.begin() as session:
-        approval.await_approval(session, claim, metrics={"forget_abstain": 1.0}, prompt_digest="d" * 64)
+        approval.await_approval(session, claim, metrics={"forget_abstain": 1.0}, prompt_digest=digest, gate_digest=None)
 
 
 def take(
@@ -72,24 +82,24 @@ def activate(
     data: bytes = b"tensor",
     version: int,
     gate: TrainedGate | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> str:
     """Check and activate a claimed request; the prompt's id."""
     with sessions.begin() as session:  # a transaction for each transition, see app.lifecycle
         if lifecycle.get_request(session, claim.request_id).state != "evaluating":
             lifecycle.start_evaluating(session, claim)
+    key = shredding.prepare_key(sessions, vault)
+    prompt = seal_prompt(vault, key, prompt=data, digest=hashlib.sha256(data).hexdigest(), gate=gate)
     with sessions.begin() as session:
         return active_set.activate(
             session,
-            vault,
             claim,
-            prompt=data,
-            digest=hashlib.sha256(data).hexdigest(),
+            prompt,
             fingerprint=FINGERPRINT,
             num_virtual_tokens=30,
             hidden_size=576,
-            metrics={"forget_abstain": 1.0},
+            metrics=metrics or {"forget_abstain": 1.0},
             expected_version=version,
-            gate=gate,
         ).id
 
 

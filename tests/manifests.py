@@ -14,6 +14,25 @@ from worker_kit import ROOT
 FOLDER = ROOT / "deploy" / "kubernetes"
 VERSIONS = ("1.30", "1.37")  # of Kubernetes: the oldest and the newest that the manifests are held against
 Manifest = dict[str, Any]
+# What KEDA's definitions do not say and its admission webhook asks for. Up to 2.17 a fallback needs triggers of this
+# type (kedacore/keda #5629), and some releases want it written down, though it is the default (#6066, #6696).
+_FALLBACK: Manifest = {
+    "if": {"properties": {"spec": {"required": ["fallback"]}}},
+    "then": {
+        "properties": {
+            "spec": {
+                "properties": {
+                    "triggers": {
+                        "items": {
+                            "required": ["metricType"],
+                            "properties": {"metricType": {"const": "AverageValue"}},
+                        }
+                    }
+                }
+            }
+        }
+    },
+}
 
 
 def documents(path: Path) -> list[Manifest]:
@@ -58,6 +77,8 @@ def keda_schema(kind: str) -> Manifest:
     schema: Manifest = getattr(v1alpha1, kind).model_json_schema(by_alias=True)
     closed: Manifest = _closed(schema)
     closed["required"] = ["apiVersion", "kind", "metadata", "spec"]  # the models fill in the first two
+    if kind == "ScaledObject":
+        closed["allOf"] = [_FALLBACK]
     return closed
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_kit import Api, assert_problem, claim, running
+from api_kit import Api, assert_problem, claim, running, take_database_away
 
 from app import keys, lifecycle
 from app.errors import NotFound
@@ -150,10 +150,7 @@ def test_a_scraping_key_is_remembered_until_it_expires_at_most(tmp_path: Path) -
         confirmed = api.service.scrapes._confirmed
         [(digest, (at, left))] = confirmed.items()
         assert 0 < left <= 60
-        api.service.engine.dispose()
-        for file in tmp_path.glob("letheon.db*"):
-            file.rename(file.with_name("moved-" + file.name))
-        (tmp_path / "letheon.db").mkdir()
+        take_database_away(api.service, tmp_path)
         assert api.client.get("/metrics", headers=headers).status_code == 200
         confirmed[digest] = (at - 61, left)  # a minute later
         assert_problem(api.client.get("/metrics", headers=headers), 503, "unavailable")

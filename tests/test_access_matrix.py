@@ -10,10 +10,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from api_kit import Api, add_prompt, assert_problem, running, soft_prompt
+from api_kit import MARKER, Api, add_prompt, assert_problem, running, soft_prompt
 from starlette.routing import BaseRoute
 
 from app import keys, lifecycle
+from app.lifecycle import ForgetText
 from app.settings import Mode
 from app.tables import ApiKey, utcnow
 
@@ -150,10 +151,22 @@ def webhook(api: Api, headers: dict[str, str], *, everybody: bool = False) -> di
     return {"{webhook_id}": made["id"], "{delivery_id}": ping["id"]}
 
 
-def give(api: Api, headers: dict[str, str], request_id: str) -> None:
-    """Make a request one of this key's, whatever the key may do."""
+def own_request(api: Api, headers: dict[str, str]) -> str:
+    """An ended one of this key's, whatever the key may do."""
+    key_id = "key_" + headers["Authorization"].split("_")[1]
     with api.service.sessions.begin() as session:
-        lifecycle.get_request(session, request_id).api_key_id = "key_" + headers["Authorization"].split("_")[1]
+        request_id = lifecycle.create_request(
+            session,
+            api.service.vault,
+            texts=[ForgetText(f"{MARKER} is a bad film")],
+            reason=None,
+            options={},
+            fingerprint=api.service.serving.llm.fingerprint,
+            api_key_id=key_id,
+        ).id
+    with api.service.sessions.begin() as session:
+        lifecycle.request_cancel(session, request_id, actor=key_id)
+    return request_id
 
 
 def call(
@@ -236,8 +249,7 @@ def test_scopes(api: Api, route: tuple[str, str], held: tuple[str, ...], prompt_
         assert response.status_code in (200, 409), response.text
     else:
         assert_problem(response, 404, "not-found")
-    mine = ended_request(api, api.key("requests"))
-    give(api, headers, mine)
+    mine = own_request(api, headers)
     if route in SECOND_PERSON:
         assert_problem(call(api, route, headers, mine, prompt_id), 403, "same-key")
         return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from app import active_set, audit, job_queue, lifecycle
 from app.active_set import ActiveSetView, set_digest
 from app.errors import Conflict, InvalidInput, NotFound, NotReady, StaleActiveSet, VaultError
 from app.lifecycle import CancelRequested
+from app.sealing import seal_prompt
 from app.tables import ActiveSet, AuditEntry, Checkpoint, Prompt
 from app.vault import Vault
 
@@ -181,13 +183,12 @@ def test_a_cancellation_before_activation_wins(sessions: Sessions, vault: Vault)
 @pytest.mark.parametrize(("field", "value"), [("digest", "0" * 64), ("fingerprint", "0" * 64)])
 def test_another_prompt_than_said_is_refused(sessions: Sessions, vault: Vault, field: str, value: str) -> None:
     claim = must_take(sessions, submit(sessions, vault))
+    digest = value if field == "digest" else hashlib.sha256().hexdigest()
     with sessions() as session, pytest.raises((ValueError, Conflict)):
         active_set.activate(
             session,
-            vault,
             claim,
-            prompt=b"",
-            digest=value if field == "digest" else "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            seal_prompt(vault, vault.new_key(), prompt=b"", digest=digest),
             fingerprint=value if field == "fingerprint" else FINGERPRINT,
             num_virtual_tokens=1,
             hidden_size=1,

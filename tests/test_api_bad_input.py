@@ -243,6 +243,22 @@ def test_bad_queries(api: Api, query: str, field: str) -> None:
         assert_problem(api.client.get(f"{path}?{query}", headers=api.key()), 422, "invalid-input", field=field)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("id_prefix", "req_%"),
+        ("id_prefix", "req_\x00"),
+        ("api_key_id", "Quillfeather"),
+        ("received_from", "2026-11-01"),
+        ("received_before", "2026-11-01T00:00:00"),
+        ("due_before", "0001-01-01T00:00:00+14:00"),
+    ],
+)
+def test_bad_filters(api: Api, name: str, value: str) -> None:
+    answer = api.client.get("/unlearn-requests", params={name: value}, headers=api.key())
+    assert_problem(answer, 422, "invalid-input", field=f"query.{name}")
+
+
 def test_unknown_paths_and_methods(api: Api) -> None:
     assert_problem(api.client.get("/nothing/here?q=Quillfeather"), 404, "not-found")
     assert_problem(api.client.post("/classify/", json={"text": GOOD}), 404, "not-found")

@@ -343,6 +343,53 @@ def test_a_batch_is_no_longer_than_its_first_can_wait(gate: Gate, paced: Batcher
     assert gate.batches[2:] == [[[1, 1], [2, 2]], [[2, 2], [2, 2]]]
 
 
+def test_a_batch_is_given_up_at_a_step_once_nobody_waits_for_it(clock: Clock) -> None:
+    silent: list[float] = []
+    lasts = 0.0
+
+    def run(jobs: list[list[int]]) -> list[int]:
+        for _ in range(3):
+            clock.now += lasts
+            silent.append(batcher.silent)
+            batcher.step()
+        return [sum(job) for job in jobs]
+
+    batcher: Batcher[list[int], int] = Batcher(run, weigh=len, max_batch=4, max_queued=6, clock=clock)
+    assert batcher.silent == 0
+    assert batcher.submit([1], deadline=clock.now + 10).result(10) == 1
+    lasts, silent = 4.0, []
+    assert batcher.submit([1] * 6, deadline=clock.now + 12).result(10) == 6  # to the last moment
+    assert silent == [4, 4, 4]
+    late = batcher.submit([1] * 6, deadline=clock.now + 7)
+    with pytest.raises(DeadlineExceeded):
+        late.result(10)
+    assert len(silent) == 5
+    assert batcher.submit([1] * 6).result(10) == 6  # without a deadline, and the thread goes on
+    batcher.close(10)
+
+
+def test_a_batch_that_was_given_up_tells_the_pace(gate: Gate, clock: Clock) -> None:
+    def run(jobs: list[list[int]]) -> Sequence[int]:
+        found = gate(jobs)
+        batcher.step()
+        return found
+
+    batcher: Batcher[list[int], int] = Batcher(run, weigh=len, max_batch=4, max_queued=100, clock=clock)
+    gate.open.clear()
+    late = batcher.submit([1] * 8, deadline=clock.now + 3)
+    assert gate.entered.acquire(timeout=10)
+    clock.now += 4
+    gate.open.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result(10)
+    first = hold(gate, batcher)
+    with pytest.raises(Overloaded):  # two a second, at the most: half a second for the first, and 1.5
+        batcher.submit([1] * 3, deadline=clock.now + 2)
+    gate.open.set()
+    assert first.result(10) == 0
+    batcher.close(10)
+
+
 def test_light_batches_say_nothing_of_the_pace_unless_they_are_quicker(
     gate: Gate, paced: Batcher[list[int], int], clock: Clock
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -290,6 +291,27 @@ def test_only_a_batch_beyond_all_patience_is_stuck(tmp_path: Path) -> None:
             assert_problem(api.client.get("/livez"), 503, "stuck")
         held.result(20)
         assert api.client.get("/livez").status_code == 200
+
+
+def test_a_call_too_large_for_a_slow_model_ends_with_its_deadline_and_harms_nobody(tmp_path: Path) -> None:
+    passes: list[float] = []
+
+    def slow(*_: object) -> None:
+        passes.append(time.monotonic())
+        time.sleep(0.3)
+
+    knobs = {"classify_deadline_seconds": 0.5, "max_classify_texts": 320, "max_batch_texts": 64}
+    with ExitStack() as stack:
+        api = stack.enter_context(running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, **knobs))
+        stack.enter_context(tiny_llm().decoder.norm.register_forward_pre_hook(slow))
+        headers = api.key("classify")
+        for _ in range(4):  # more than would make it unready if each were a failure
+            answer = api.client.post("/classify", json={"texts": [TEXT] * 320}, headers=headers)
+            assert_problem(answer, 503, "deadline-exceeded")
+            wait_until(lambda: api.service.serving._batcher.running == 0)
+        assert len(passes) <= 4 * 3, "five passes each, had they gone on"
+        assert [api.client.get(path).status_code for path in ("/livez", "/readyz")] == [200, 200]
+        assert api.client.post("/classify", json={"text": TEXT}, headers=headers).status_code == 200
 
 
 def test_a_model_that_fails_every_batch_is_not_ready_until_it_answers(

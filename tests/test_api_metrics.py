@@ -22,6 +22,7 @@ from api_kit import (
     new_key,
     running,
     soft_prompt,
+    take_database_away,
     tiny_llm,
 )
 from databases import database_kinds, fresh_database
@@ -288,10 +289,7 @@ def test_without_the_database_it_still_answers_whom_it_knows(tmp_path: Path, mon
         known, stranger, classifies = api.key("metrics"), api.key("metrics"), api.key("classify")
         assert value(scrape(api, known), "letheon_database_up") == 1
         assert api.client.get("/metrics", headers=classifies).status_code == 403
-        api.service.engine.dispose()
-        for file in tmp_path.glob("letheon.db*"):
-            file.rename(file.with_name("moved-" + file.name))
-        (tmp_path / "letheon.db").mkdir()
+        take_database_away(api.service, tmp_path)
         samples = scrape(api, known)
         assert (value(samples, "letheon_database_up"), value(samples, "letheon_ready")) == (0, 0)
         assert not any(name.startswith("letheon_requests") for name, _ in samples), "nothing is made up"
@@ -314,9 +312,7 @@ def test_a_revoked_key_is_not_remembered(tmp_path: Path) -> None:
         with api.service.sessions.begin() as session:
             keys.revoke_key(session, "key_" + headers["Authorization"].split("_")[1], actor="test")
         assert api.client.get("/metrics", headers=headers).status_code == 401
-        (tmp_path / "letheon.db").rename(tmp_path / "moved.db")
-        api.service.engine.dispose()
-        (tmp_path / "letheon.db").mkdir()
+        take_database_away(api.service, tmp_path)
         assert_problem(api.client.get("/metrics", headers=headers), 503, "unavailable")
 
 

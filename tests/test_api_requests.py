@@ -12,7 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api_kit import MARKER, Api, assert_problem, claim, make_settings, new_key, running, server_logs, tiny_llm
+from api_kit import (
+    MARKER,
+    Api,
+    assert_problem,
+    claim,
+    make_settings,
+    new_key,
+    running,
+    server_logs,
+    take_database_away,
+    tiny_llm,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -198,10 +209,7 @@ def test_the_database_going_away_is_a_503(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/letheon.db"
     with running(url, tmp_path) as api:
         headers = new_key(api.service)
-        api.service.engine.dispose()
-        for file in tmp_path.glob("letheon.db*"):
-            file.rename(file.with_name("moved-" + file.name))
-        (tmp_path / "letheon.db").mkdir()
+        take_database_away(api.service, tmp_path)
         for path in ("/unlearn-requests", "/admin/prompts"):
             response = api.client.get(path, headers=headers)
             assert_problem(response, 503, "unavailable")

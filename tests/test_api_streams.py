@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -26,10 +27,12 @@ from api_kit import (
     sse,
     wait_until,
 )
+from sqlalchemy import update
 
-from app import job_queue, lifecycle
+from app import job_queue, keys, lifecycle
 from app.deps import Service
 from app.settings import Mode
+from app.tables import ApiKey, utcnow
 
 
 @pytest.fixture
@@ -127,6 +130,35 @@ def test_a_stream_of_an_active_or_revoked_request_ends(served: tuple[str, Servic
     assert states[-2:] == ["active", "revoked"]
 
 
+def test_a_stream_ends_with_the_key_that_asked_for_it(served: tuple[str, Service]) -> None:
+    url, service = served
+    owner = new_key(service)
+    request_id = submit(url, owner)
+    ends: dict[str, dict[str, Any]] = {
+        "revoked": {},
+        "expired": {"expires_at": utcnow()},
+        "narrowed": {"scopes": ["classify"]},
+        "another's": {"scopes": ["requests"]},  # it could read all, and may now read its own only
+    }
+    readers = {end: new_key(service, "requests", "auditor") for end in ends}
+    address = f"{url}/unlearn-requests/{request_id}/events"
+    followers = {end: Follower(address, key) for end, key in readers.items()}
+    stays = Follower(address, owner)
+    wait_until(lambda: all(len(follower.events) == 1 for follower in (*followers.values(), stays)))
+    for end, change in ends.items():
+        key_id = f"key_{readers[end]['Authorization'].split('_')[1]}"
+        with service.sessions.begin() as session:
+            if end == "revoked":
+                keys.revoke_key(session, key_id, actor="test")
+            else:
+                session.execute(update(ApiKey).where(ApiKey.id == key_id).values(**change))
+        assert [event["data"]["state"] for event in followers[end].ended()] == ["pending"], end
+    held = claim(service, request_id)
+    with service.sessions.begin() as session:
+        lifecycle.finish_cancelled(session, held)
+    assert [event["data"]["state"] for event in stays.ended()] == ["pending", "training", "cancelled"]
+
+
 def test_a_bad_last_event_id(served: tuple[str, Service]) -> None:
     url, service = served
     headers = new_key(service)
@@ -156,6 +188,37 @@ def test_a_client_that_leaves_ends_its_stream(served: tuple[str, Service], caplo
     wanted = f"GET /unlearn-requests/{request_id}/events 200"
     wait_until(lambda: any(record.getMessage().startswith(wanted) for record in server_logs(caplog)))
     assert not [record for record in server_logs(caplog) if record.levelno >= logging.ERROR]
+
+
+def test_a_key_has_a_few_streams_open_at_a_time(database_url: str, tmp_path: Path) -> None:
+    with listening(database_url, tmp_path, max_event_streams=2) as (url, app, _):
+        service: Service = app.state.service
+        headers = new_key(service)
+        request_id = submit(url, headers)
+        address = f"{url}/unlearn-requests/{request_id}/events"
+        with httpx2.stream("GET", address, headers=headers) as leaves:
+            lines = leaves.iter_lines()  # held: with it the stream ends
+            next(sse(lines))
+            followers = [Follower(address, headers)]
+            wait_until(lambda: bool(followers[0].events))
+            refused = httpx2.get(address, headers=headers)
+            problem = assert_problem(refused, 429, "rate-limited")
+            assert (problem["limit_name"], problem["limit"]) == ("event_streams", 2)
+            assert refused.headers["Retry-After"] == "10"
+            followers.append(Follower(address, new_key(service)))  # another key has places of its own
+            wait_until(lambda: bool(followers[1].events))
+            missing = httpx2.get(address.replace(request_id, "req_" + "0" * 28), headers=new_key(service))
+            assert missing.status_code == 404
+        # Its client has vanished.
+        wait_until(lambda: sum(service.streams._open.values()) == 2)
+        followers.append(Follower(address, headers))
+        wait_until(lambda: bool(followers[2].events))
+        assert httpx2.get(address, headers=headers).status_code == 429
+        with service.sessions.begin() as session:
+            lifecycle.request_cancel(session, request_id, actor="test")
+        assert [follower.ended()[-1]["data"]["state"] for follower in followers] == ["cancelled"] * 3
+        wait_until(lambda: not service.streams._open)
+        assert httpx2.get(address, headers=headers).status_code == 200
 
 
 def test_shutdown_ends_open_streams(database_url: str, tmp_path: Path) -> None:
@@ -195,10 +258,17 @@ def test_bodies_that_wait_have_a_limit_together(tmp_path: Path) -> None:
         head = f"POST /classify HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
         head += "Content-Type: application/json\r\nContent-Length: 19000\r\n\r\n"
         body = json.dumps({"text": "a good film", "timeout_seconds": 20.0, "min_version": 0}).encode()
-        with socket.create_connection((parts.hostname, parts.port)) as first:
-            first.sendall(head.encode() + b" " * 15_000)
-            large = body + b" " * 15_000
-            wait_until(lambda: post(f"{url}/classify", large, headers).status_code == 503)
+        large = body + b" " * 15_000
+        with contextlib.ExitStack() as connections:
+
+            def taken() -> bool:
+                """Whether the slow client has the room: where ours came first, it was refused, and tries again."""
+                connections.close()
+                first = connections.enter_context(socket.create_connection((parts.hostname, parts.port)))
+                first.sendall(head.encode() + b" " * 15_000)
+                return post(f"{url}/classify", large, headers).status_code == 503
+
+            wait_until(taken)
             refused = post(f"{url}/unlearn-requests", large, headers)
             assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
             assert refused.headers["Retry-After"] == "1"

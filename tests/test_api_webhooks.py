@@ -10,7 +10,7 @@ import pytest
 from api_kit import MARKER, Api, assert_problem, running, server_logs
 from databases import migrated_database
 from sqlalchemy import select
-from webhook_kit import Received, receiving, sender
+from webhook_kit import Received, receiving, sender, sent_long_ago
 
 from app.tables import AuditEntry
 
@@ -51,6 +51,10 @@ def test_from_creation_to_the_log(database_url: str, tmp_path: Path) -> None:
         [failed] = api.client.get(log, headers=headers).json()["items"]
         assert (failed["state"], failed["last_status"], failed["last_error"]) == ("pending", 500, "status")
         assert failed["payload"] == waiting["payload"] and failed["payload"]["data"]["state"] == "cancelled"
+        at_once = api.client.post(f"{log}/{failed['id']}/redeliver", headers=headers)
+        assert_problem(at_once, 409, "conflict")
+        assert 1 <= int(at_once.headers["Retry-After"]) <= 5
+        sent_long_ago(api.service.sessions)
         again = api.client.post(f"{log}/{failed['id']}/redeliver", headers=headers)
         assert (again.status_code, again.json()["state"]) == (202, "pending")
         ping = api.client.post(f"{address}/test", headers=headers)

@@ -19,7 +19,7 @@ from webhook_kit import receiving, sender
 from worker_kit import forget_texts, write_retain
 
 import worker.job
-from app import approval, audit, evidence, job_queue, lifecycle
+from app import approval, audit, audit_state, evidence, job_queue, lifecycle
 from app.errors import Conflict, LetheonError
 from app.lifecycle import ForgetText
 from app.settings import Mode, Settings
@@ -166,7 +166,10 @@ def test_nothing_comes_into_force_that_nobody_approved(sessions: Sessions, vault
     await_approval(sessions, claim)
     with sessions.begin() as session:
         approval.approve(session, request_id, actor="key_2")
-    activate(sessions, vault, must_take(sessions, request_id), version=0)
+    claim = must_take(sessions, request_id)
+    with pytest.raises(Conflict, match="what was approved is another prompt"):
+        activate(sessions, vault, claim, data=b"another", version=0)
+    activate(sessions, vault, claim, version=0)
     assert state(sessions, request_id) == "active"
 
 
@@ -321,6 +324,24 @@ def test_what_was_approved_is_what_comes_into_force(context: Context, monkeypatc
     in_force = read_evidence(context, request_id)  # made again, and the request's key that sealed the first is gone
     assert in_force["prompt_digest"] == waiting["prompt_digest"] == prompt.digest
     assert in_force["created_at"] > waiting["created_at"]
+
+
+@SQLITE
+def test_a_worker_that_always_wants_an_approval_has_one_of_what_came_before(context: Context) -> None:
+    """The setting was turned on while the request waited."""
+    request_id = ask(context, forget_texts(), approve=False)
+    strict = replace_settings(context, require_approval=True)
+    run_job(strict, request_id)
+    with context.sessions() as session:
+        row = lifecycle.get_request(session, request_id)
+        assert (row.state, row.approval_required) == ("awaiting_approval", True)
+        assert audit_state.verify(session)
+    with context.sessions.begin() as session:
+        approval.approve(session, request_id, actor="key_2")
+    run_job(strict, request_id)
+    assert state(context.sessions, request_id) == "active"
+    with context.sessions() as session:
+        assert audit_state.verify(session)
 
 
 @SQLITE

@@ -21,13 +21,13 @@ from rich.console import Console
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, approval, audit, db, lifecycle
+from app import active_set, approval, audit, audit_state, db, lifecycle
 from app.errors import LeaseLost
 from app.tables import AuditEntry, PendingShred, RequestEvent, WebhookDelivery, new_id, utcnow
 from app.vault import Vault
-from bench import fault_audit, faults
+from bench import fault_audit, fault_state, faults
 from bench.fault_backup import restore_backup
-from bench.fault_canary import forms, make_canaries, search, search_deployment
+from bench.fault_canary import MODES, TOGETHER, anchors, forms, make_canaries, search, search_deployment
 from bench.fault_changes import CHANGES, kill_in_change
 from bench.fault_judge import (
     History,
@@ -223,6 +223,14 @@ def test_a_leak_is_found_however_it_is_spelt(hide: Callable[[str], bytes]) -> No
         assert hits and all(hit.startswith("a log: ") for hit in hits)
 
 
+def test_every_form_has_the_part_that_is_looked_for_first() -> None:
+    for _ in range(50):
+        for canary in make_canaries():
+            core = anchors(canary)
+            assert all(any(part in data for part in core) for data in forms(canary).values())
+            assert min(map(len, core)) >= 8 and len(core) <= len(set(forms(canary).values())) / 2
+
+
 def test_no_form_is_so_short_that_it_is_anywhere() -> None:
     for canary in make_canaries():
         assert all(len(data) >= 8 for data in forms(canary).values()) and len(forms(canary)) > 30
@@ -292,9 +300,47 @@ def test_a_run_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_every_fault_of_the_issue_is_there() -> None:
-    asked = {(50, 300), (20, 300), (10, 100), (50, 1000), (5, 50), (5, 30), (500, 10_000), (2, 10)}
-    assert asked <= {(fault.quick, fault.full) for fault in FAULTS}
-    assert all((fault.on_site is None) != (fault.alone is None) for fault in FAULTS)
+    asked = {(50, 300), (20, 300), (10, 100), (50, 1000), (5, 50), (5, 30), (500, 10_000)}
+    counts = {fault.name: (fault.quick, fault.full) for fault in FAULTS}
+    assert asked <= set(counts.values())
+    assert counts["backup"] >= (10, 10) and counts["canary"] >= (10, 10)  # 2 and 10 of a backup were asked for
+    ways = [(fault.on_site, fault.alone, fault.together) for fault in FAULTS]
+    assert all(sum(way is not None for way in found) == 1 for found in ways)
+
+
+def test_trials_that_share_a_deployment_are_of_one_backend_and_one_mode() -> None:
+    [canary] = [fault for fault in FAULTS if fault.name == "canary"]
+    met: dict[tuple[str, str], int] = {}
+    for first in (0, 1):
+        left = list(range(first, canary.quick, 2))
+        while left:
+            these = canary.next_of(left)
+            left = [number for number in left if number not in these]
+            [backend] = {canary.backend(number) for number in these}
+            [mode] = {MODES[number // (2 * TOGETHER) % 2] for number in these}
+            met[backend, mode] = met.get((backend, mode), 0) + len(these)
+    assert len(met) == 4 and min(met.values()) >= 2, "each mode on each backend"
+    assert canary.next_of([2, 4, 6]) == [2, 4], "what is left of a run that was stopped"
+    assert FAULTS[0].next_of([2, 4, 6]) == [2]
+
+
+def test_trials_that_break_off_together_have_all_failed() -> None:
+    def together(_: object, numbers: Sequence[int], __: object) -> list[Outcome]:
+        if 2 in numbers:
+            raise FaultFailed("waited in vain")
+        return [Outcome(kind="a") for _ in numbers]
+
+    found: dict[int, Outcome] = {}
+    fault = Fault("canary", "made up", 4, 4, together=together, size=2, backends=("sqlite",))
+    made: Any = object()
+    faults.run_lane(made, fault, "sqlite", range(5), 0, found.__setitem__)
+    assert {number: outcome.kind for number, outcome in found.items()} == {
+        0: "a",
+        1: "a",
+        2: "broke off",
+        3: "broke off",
+        4: "a",
+    }
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -342,9 +388,15 @@ def test_what_was_done_to_the_audit_log_is_found(bed: Bench, kind: str, monkeypa
             assert not outcome.failed, outcome.reasons
         with site.sessions() as session:
             assert len(session.scalars(select(AuditEntry.seq)).all()) == len(site.shared["rows"])
+        for number in range(2 * len(fault_state.ALTERATIONS)):
+            outcome = fault_audit.alter_state(site, number, random.Random(number))
+            assert not outcome.failed and outcome.kind == "state", outcome.reasons
         blind = len(site.shared["rows"])
-        monkeypatch.setattr(audit, "verify", lambda session: blind)
+        monkeypatch.setattr(audit, "verify", lambda session, public_key=None: blind)
         assert fault_audit.tamper_as(site, fault_audit.deleted, random.Random(0)).missed == 1
+        monkeypatch.setattr(audit_state, "hold", lambda session: None)
+        blinded = fault_audit.alter_state_as(site, "unforgotten", random.Random(0))
+        assert blinded.missed == 1 and "state, unforgotten: not found" in blinded.reasons
 
 
 def send(site: Site) -> None:
@@ -403,6 +455,6 @@ def test_an_old_backup_brings_nothing_back(bed: Bench) -> None:
 
 
 def test_the_canary_is_nowhere(bed: Bench) -> None:
-    outcome = search_deployment(bed, 1, random.Random(0))
-    assert not outcome.failed, outcome.reasons
-    assert outcome.kind == "sqlite, routed"
+    outcomes = search_deployment(bed, [7, 9], [])
+    assert [outcome.reasons for outcome in outcomes] == [[], []]
+    assert [(outcome.kind, outcome.failed) for outcome in outcomes] == [("sqlite, concatenate", False)] * 2

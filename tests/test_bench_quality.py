@@ -46,7 +46,7 @@ def test_every_method_of_the_paper_has_a_row(
             low, high = row["accuracy_interval"]
             assert 0 <= low <= row["accuracy"] <= high <= 1
     table = (tmp_path / "quality.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in found["methods"]]
+    assert [line.split(" | ")[0] for line in table[4:]] == [f"| {name}" for name in found["methods"]]
     assert "paper 12.98" in next(line for line in table if line.startswith("| SPUL |"))
     assert set(found["leaks"]) == set(found["methods"])
     assert found["leaks"]["QLoRA"]["retain_drift_nats"] == found["leaks"]["QLoRA"]["retain_flips"] == 0

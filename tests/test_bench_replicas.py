@@ -142,7 +142,7 @@ def test_replicas_are_never_stale_and_what_is_stale_is_found(settings: Settings)
     json.dumps(found)
 
     # The same answers, one of them as a replica that did not look would have given it.
-    last = now.history[-2].acknowledged
+    last, tried = now.history[-2].acknowledged, 0
     for number, samples in enumerate(now.samples):
         for place, sample in enumerate(samples):
             if sample.start > last and sample.status == 200:
@@ -151,7 +151,9 @@ def test_replicas_are_never_stale_and_what_is_stale_is_found(settings: Settings)
                 changed[number][place] = dataclasses.replace(sample, raw=json.dumps(answer).encode())
                 doctored = replicas.figures(dataclasses.replace(now, samples=changed))
                 assert doctored["stale_by_version"] == 1
+                tried += 1
                 break
+    assert tried > 0
     # A failure of a replica that was not killed is an error, of the one that was it is not.
     assert now.killed is not None
     victim, when = now.killed
@@ -183,11 +185,11 @@ def test_what_was_not_tried_has_failed() -> None:
 
 
 def test_a_server_under_load_gives_everyone_their_own_answer(settings: Settings) -> None:
-    options = load.Options(clients=8, seconds=3.5, texts=12, prompts=3, claimed=1, leave=0.1)
+    options = load.Options(clients=8, seconds=3.5, texts=12, prompts=3, claimed=1, leave=0.5)
     found = load.measure(settings, TEXTS, postgres=None, options=options, console=Console(file=io.StringIO()))
     # Seconds after its start a server still grows.
     assert [name for name in load.FAULTS if found[name] and name != "rss_grows"] == []
-    assert found["answered"] > 50 and found["left"] > 0
+    assert found["answered"] > 0 and found["left"] > 0
     assert found["answered"] + found["left"] + found["refused_503"] == found["asked"]
     assert 0 < found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"] <= found["max_ms"]
     assert found["rss_start_mb"] > 50 and math.isfinite(found["rss_slope_percent_per_hour"])
@@ -226,9 +228,31 @@ def test_figures_of_load_by_hand(probes: Probes) -> None:
     assert found["rss_slope_percent_per_hour"] == pytest.approx(100 * 3600 / 102, abs=1e-3)
     assert found["rss_grows"]
     steady = [Reading(float(t), (100 + t % 2) * 2**20, 9) for t in range(60)]
-    assert not load.figures(samples, steady, options)["rss_grows"]
+    still = load.figures(samples, steady, options)
+    assert not still["rss_grows"] and still["rss_undecided"], "a minute of a MiB up and down tells nothing"
     with pytest.raises(ValueError, match="nothing"):
         load.figures([Sample(0.0, 1.0, 0, 503, 1.0)], readings, options)
+
+
+@pytest.mark.parametrize(
+    ("slope", "noise", "grows", "undecided"),
+    [
+        (0.9, 0.0, False, False),
+        (1.1, 0.0, True, False),
+        (10.0, 14.0, True, False),  # 10 ± 4.7: not two errors above the limit, and growth all the same
+        (10.0, 20.0, False, True),  # 10 ± 6.7
+        (0.0, 14.0, False, False),
+    ],
+)
+def test_memory_grows_where_the_slope_is_above_the_limit_and_no_noise(
+    slope: float, noise: float, grows: bool, undecided: bool
+) -> None:
+    """``slope``: percent an hour of 1,000 MiB; ``noise``: MiB that are added and taken away, with no trend."""
+    mib = [1000 + 10 * slope * t / 3600 + noise * (1, -1, -1, 1)[t % 4] for t in range(300)]
+    readings = [Reading(float(t), round(value * 2**20), 9) for t, value in enumerate(mib)]
+    found = load.figures([Sample(0.0, 1.0, 0, 200, None, {"results": []})], readings, load.Options(seconds=300.0))
+    told = (found["rss_slope_percent_per_hour"], found["rss_slope_stderr"])
+    assert (found["rss_grows"], found["rss_undecided"]) == (grows, undecided), told
 
 
 def test_a_line_by_hand() -> None:

@@ -83,9 +83,18 @@ def test_what_was_refused_while_sets_change_is_counted_and_waited() -> None:
 
 
 def test_the_quickest_size_is_found() -> None:
-    work = {16: 60_000, 32: 300_000, 64: 900_000}
-    assert engine.quickest(lambda size: sum(range(work[size])), [64, 32, 16]) == 16
-    assert engine.quickest(lambda size: None, [8]) == 8
+    now, asked = 0.0, list[int]()
+    takes = {64: [90.0, 3.0, 4.0], 32: [9.0, 2.0], 16: [5.0, 6.0]}  # the very first turn only warms up
+
+    def way(size: int) -> None:
+        nonlocal now
+        asked.append(size)
+        now += takes[size].pop(0)
+
+    assert engine.quickest(way, [64, 32, 16], clock=lambda: now) == 32  # the better of its two turns
+    assert asked == [64, 64, 32, 16, 64, 32, 16]
+    takes[8] = [1.0]
+    assert engine.quickest(way, [8], clock=lambda: now) == 8
 
 
 def test_every_way_answers_every_text(llm: FrozenLLM) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
@@ -18,11 +19,11 @@ from app.charts import (
     STYLESHEET,
     Bar,
     Dots,
+    Marker,
     Series,
     bar_chart,
     line_chart,
     percent,
-    roc_chart,
     scatter_chart,
 )
 
@@ -38,21 +39,31 @@ CLASSES = {
     *("c-s1", "c-s2", "c-s3", "c-s4"),
 }
 
+MARKERS: tuple[Marker, ...] = ("circle", "ring", "triangle", "cross", "plus", "star")
+
 words = st.text(max_size=120)
 numbers = st.floats() | st.integers(-(10**15), 10**15).map(float)
 clouds = st.lists(st.tuples(numbers, numbers), max_size=6)
 rates = st.none() | st.floats()
 bars = st.builds(Bar, words, rates, rates, rates, rates, rates, st.booleans())
 pictures = st.one_of(
-    st.builds(line_chart, st.lists(st.builds(Series, words, clouds), max_size=6), title=words, x=words, y=words),
+    st.builds(
+        line_chart,
+        st.lists(st.builds(Series, words, clouds), max_size=6),
+        title=words,
+        x=words,
+        y=words,
+        begin=st.none() | st.floats(-1e6, 1e6),
+        small=st.booleans(),
+    ),
     st.builds(bar_chart, st.lists(bars, max_size=5), title=words),
     st.builds(
         scatter_chart,
-        st.lists(st.builds(Dots, words, clouds, st.sampled_from(["circle", "cross"])), max_size=5),
+        st.lists(st.builds(Dots, words, clouds, st.sampled_from(MARKERS)), max_size=5),
         title=words,
         caption=words,
+        small=st.booleans(),
     ),
-    st.builds(roc_chart, clouds, auc=numbers, title=words),
 )
 
 
@@ -91,7 +102,6 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "line": lambda word: line_chart([Series(word, [(0, 1), (1, 2)])] * 2, title=word, x=word, y=word),
     "bar": lambda word: bar_chart([Bar(word, 0.1, 0.9, 0.8, 0.95, 0.7)], title=word),
     "scatter": lambda word: scatter_chart([Dots(word, [(0, 1)], "cross")], title=word, caption=word),
-    "roc": lambda word: roc_chart([(0, 0), (1, 1)], auc=0.5, title=word),
 }
 
 
@@ -171,10 +181,34 @@ def test_a_scatter_keeps_proportions_and_markers() -> None:
     assert "A picture is no proof." in texts(root) and "A picture is no proof." in (root[1].text or "")
 
 
-def test_a_roc_curve_names_its_area() -> None:
-    root = check(roc_chart([(0, 0), (0.5, 0.9), (1, 1)], auc=0.7, title="Membership"))
-    assert "area under the curve 0.700" in texts(root)
-    assert (root[1].text or "").startswith("Area under the curve 0.700; 0.5 is guessing.")
+def test_markers_differ_by_shape_and_are_larger_in_the_legend() -> None:
+    def marks(marker: Marker) -> tuple[str, str]:
+        root = check(scatter_chart([Dots("a", [(0, 0)], marker)], title="t", caption="c"))
+        legend, drawn = (path for path in root.iter(f"{SVG}path") if path.get("class") == "c-s1")
+        return legend.get("d") or "", re.sub(r"^M\S+ [\d.]+", "", drawn.get("d") or "")
+
+    shapes = {marker: marks(marker) for marker in MARKERS}
+    assert len({shape for _, shape in shapes.values()}) == len(MARKERS)
+    assert "l6 6" in shapes["cross"][1] and "l10.8 10.8" in shapes["cross"][0]
+
+
+def test_a_small_picture_has_the_marks_and_the_words_for_who_cannot_see_it() -> None:
+    lines = [Series("a", [(0, 0), (0.5, 0.9), (1, 1)]), Series("b", [(0, 0), (1, 1)])]
+    clouds = [Dots("a", [(0, 0), (10, 0)], "circle"), Dots("b", [(0, 1)], "cross")]
+    for root in (
+        check(line_chart(lines, title="Membership", x="x", y="y", small=True)),
+        check(scatter_chart(clouds, title="Membership", caption="A picture is no proof.", small=True)),
+    ):
+        assert not [one for one in root.iter() if one.tag.endswith("}text")]
+        assert {"c-s1", "c-s2"} <= {one.get("class") for one in root}
+        assert root[0].text == "Membership" and "a: " in (root[1].text or "")
+
+
+def test_an_axis_may_begin_before_the_first_point() -> None:
+    line = [Series("loss", [(7, 1)])]
+    assert "0" not in texts(check(line_chart(line, title="t", x="x", y="y"))) and "0" in texts(
+        check(line_chart(line, title="t", x="x", y="y", begin=0))
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,6 +229,42 @@ def test_a_roc_curve_names_its_area() -> None:
 )
 def test_percent_tells_almost_none_from_none(rate: float, said: str) -> None:
     assert percent(rate) == said
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours, as WCAG 2 has it."""
+
+    def luminance(colour: str) -> float:
+        digits = colour.lstrip("#")
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_every_bar_and_line_stands_out_from_its_page() -> None:
+    """By three to one, in light, dark and print, of the report and of the console."""
+    assert contrast("#ffffff", "#767676") == pytest.approx(4.54, abs=0.01)
+    plain = bar_chart([Bar("a", 0.1, 0.2, 0.1, 0.3, 0.2)], title="t")
+    plain += line_chart([Series(str(i), [(0, i), (1, i)]) for i in range(4)], title="t", x="x", y="y")
+    papers = dict(zip(("light", "dark", "print"), ("#ffffff", "#14181d", "#ffffff"), strict=True))
+    dark, printed = STYLESHEET.split("@media print")
+    for where, text in (("light", plain), ("dark", dark), ("print", printed)):
+        drawn = re.findall(r'class="(?:c-(?:before|after|limit|s\d))"[^>]*?(?:fill|stroke)="(#\w+)"', text)
+        drawn += re.findall(r"\.c-(?:before|after|limit|s\d) \{ \w+: (#\w+); \}", text)
+        assert len(drawn) >= 7, where
+        for colour in drawn:
+            assert contrast(colour, papers[where]) >= 3, (where, colour)
+    style = files("app.console").joinpath("static", "console.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
+    for where, text in (("light", light), ("dark", dark)):
+        named = dict(re.findall(r"--([\w-]+): (#\w+)", text))
+        card = "#ffffff" if named["card"] == "#fff" else named["card"]
+        for name in ("before", "after", "s2", "s3", "s4"):
+            for ground in (card, named["faint"]):
+                assert contrast(named[name], ground) >= 3, (where, name)
 
 
 def test_the_stylesheet_colours_what_there_is() -> None:

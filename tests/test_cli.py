@@ -89,6 +89,12 @@ def test_submit_list_show_and_cancel(live: Live) -> None:
     request_id = submitted["id"]
     assert [r["id"] for r in document(run("requests", "list", "--json"))["items"]] == [request_id]
     assert document(run("requests", "list", "--state", "active", "--json"))["items"] == []
+    assert (
+        document(run("requests", "list", "--id", request_id, "--due-before", "2001-01-01T00:00:00Z", "--json"))["items"]
+        == []
+    )
+    found = run("requests", "list", "--id", request_id[:12], "--received-from", "2001-01-01T00:00:00Z", "--json")
+    assert [r["id"] for r in document(found)["items"]] == [request_id]
     assert document(run("requests", "show", request_id, "--json"))["id"] == request_id
     table = run("requests", "list")
     assert request_id in table.stdout

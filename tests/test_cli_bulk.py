@@ -322,12 +322,19 @@ def test_killed_again_and_again_the_output_is_the_same(live: Live, tmp_path: Pat
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_ctrl_c_says_how_to_go_on(live: Live, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ((), "the same command again goes on"),
+        (("--overwrite",), "the same command again without --overwrite goes on"),  # with it all would be done twice
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(live: Live, tmp_path: Path, given: tuple[str, ...], advice: str) -> None:
     source, out = write_jsonl(tmp_path / "in.jsonl", 3000), tmp_path / "out.jsonl"
-    process = start("--file", source, "--output", out)
+    process = start("--file", source, "--output", out, *given)
     wait_until(lambda: out.exists() and out.stat().st_size > 0, 60)
     process.send_signal(signal.SIGINT)
-    assert "the same command again goes on" in finish(process, 130)
+    assert advice in finish(process, 130)
     done = len(records(out))
     assert 0 < done < 3000
     assert f"has {done:,} rows: going on" in finish(start("--file", source, "--output", out))

@@ -22,7 +22,8 @@ from client_kit import KINDS, connect, plain_key, record, server
 from floor import await_approval, must_take
 
 import letheon_client
-from letheon_client import CODES, ApiError, AsyncLetheon, Conflict, Letheon
+from app import lifecycle
+from letheon_client import CODES, ApiError, AsyncLetheon, Conflict, InvalidArgument, Letheon
 from letheon_client import types as answers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,6 +347,17 @@ def requests(client: Any, approver: Any, app: Any) -> None:
         again["id"],
         made["id"],
     ]
+    with app.state.service.sessions() as session:
+        asked_by = lifecycle.get_request(session, made["id"]).api_key_id
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    narrow = {"received_from": yesterday - timedelta(days=9), "due_before": "2099-01-01T00:00:00Z"}
+    narrow |= {"id_prefix": made["id"][:9], "api_key_id": asked_by}
+    assert [r["id"] for r in client.list_requests(**narrow)["items"]] == [again["id"], made["id"]]
+    assert [r["id"] for r in client.iter_requests(received_before=yesterday, **narrow)] == [made["id"]]
+    with pytest.raises(TypeError, match="due_befor"):
+        client.list_requests(due_befor=yesterday)
+    with pytest.raises(InvalidArgument, match="needs its zone"):
+        client.list_requests(due_before=yesterday.replace(tzinfo=None))
 
     with closing(client.events(made["id"])) as events:
         first = next(events)

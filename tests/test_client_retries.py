@@ -80,7 +80,7 @@ def replicas(tmp_path: Path) -> Iterator[tuple[Process, str, str, Any]]:
         "max_text_tokens": "64",
     }
     site = Site(tmp_path / "home", knobs)
-    process = site.start("-m", "app.cli", "serve", "--no-worker", "--port", "0")
+    process = site.start_api("--port", "0")
 
     def address() -> str | None:
         assert process.popen.poll() is None, process.output()

@@ -174,9 +174,8 @@ def compose_client() -> list[str] | None:
 
 def test_compose_reads_the_files(compose: dict[str, Any], tmp_path: Path) -> None:
     client = compose_client()
-    if client is None:  # then what is above is the check; here only that both files are plain mappings
-        assert all(isinstance(load(name), dict) for name in ("docker-compose.yml", "docker-compose.gpu.yml"))
-        return
+    if client is None:
+        pytest.skip("no Docker Compose: its own reading of the files is not checked")
     for name in ("docker-compose.yml", "docker-compose.gpu.yml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\nLETHEON_MASTER_KEY=x\n")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api_kit import MARKER, Api, add_prompt, running, server_logs, soft_prompt
 from console_kit import OWN, Markup, Person, log_in, visitor, words
 from fastapi.testclient import TestClient
-from test_access_matrix import HELD, ended_request, give, refused_key, routes
+from sqlalchemy import select
+from test_access_matrix import HELD, ended_request, own_request, refused_key, routes
 
 from app import active_set, keys
 from app.auth import Caller
@@ -20,7 +22,7 @@ from app.console.live import _Watch
 from app.errors import Unauthenticated
 from app.security_headers import CONSOLE_POLICY
 from app.settings import Mode
-from app.tables import ApiKey, utcnow
+from app.tables import ApiKey, EndedSession, utcnow
 from app.vault import Vault
 
 READS_ALL = {"admin", "auditor", "approve"}
@@ -37,6 +39,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("POST", "/console/requests/new"): {"requests"},
     ("GET", ADDRESS): {"requests"} | READS_ALL,
     ("GET", ADDRESS + "/live"): {"requests"} | READS_ALL,
+    ("GET", ADDRESS + "/pictures"): {"requests"} | READS_ALL,
     ("GET", ADDRESS + "/receipt"): {"requests"} | READS_ALL,
     ("GET", ADDRESS + "/report"): {"requests"} | READS_ALL,
     ("POST", ADDRESS + "/cancel"): {"requests", "admin"},
@@ -49,6 +52,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("GET", "/console/playground"): {"classify"},
     ("POST", "/console/playground"): {"classify"},
     ("GET", "/console/evidence"): {"admin", "auditor"},
+    ("POST", "/console/evidence/receipt"): {"admin", "auditor"},
     ("GET", "/console/evidence/audit-log"): {"admin", "auditor"},
     ("GET", "/console/evidence/checkpoint"): {"admin", "auditor"},
 }
@@ -57,6 +61,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
 OTHERS: dict[tuple[str, str], set[str]] = {
     ("GET", ADDRESS): READS_ALL,
     ("GET", ADDRESS + "/live"): READS_ALL,
+    ("GET", ADDRESS + "/pictures"): READS_ALL,
     ("GET", ADDRESS + "/receipt"): READS_ALL,
     ("GET", ADDRESS + "/report"): READS_ALL,
     ("POST", ADDRESS + "/cancel"): {"admin"},
@@ -71,6 +76,7 @@ FORMS: dict[tuple[str, str], dict[str, str]] = {
     ("POST", ADDRESS + "/revoke"): {"code": "other", "reason": "asked"},
     ("POST", "/console/active-sets/{version}/restore"): {"reason": "asked"},
     ("POST", "/console/playground"): {"texts": "a good film"},
+    ("POST", "/console/evidence/receipt"): {"file": ""},
 }
 DONE = {200, 303, 404, 409}  # 404 where the request has no prompt, 409 where its state does not allow it
 
@@ -121,15 +127,14 @@ def test_scopes(api: Api, people: dict[tuple[str, ...], Person], route: tuple[st
             assert answer.status_code in (200, 303, 409), (held, answer.text)
         else:
             assert answer.status_code == 404, held
-            mine = ended_request(api, api.key("requests"))
-            give(api, person.headers, mine)
+            mine = own_request(api, person.headers)
             assert ask(person, route, mine).status_code in (200, 303, 409), held
 
 
 @pytest.mark.parametrize("route", sorted(set(ALLOWED)), ids=" ".join)
 def test_nothing_without_a_session(api: Api, route: tuple[str, str], others_request: str) -> None:
     person = Person(visitor(api), {})
-    for token in ("", "letheon", f"key_{0:016x}.1.99999999999.{'A' * 43}"):
+    for token in ("", "letheon", f"key_{0:016x}.{0:032x}.1.99999999999.{'A' * 43}"):
         person.client.cookies.set("letheon", token)
         answer = ask(person, route, others_request)
         assert answer.status_code == 303
@@ -163,6 +168,38 @@ def test_login_and_out(api: Api) -> None:
     out = person.post("/console/logout")
     assert out.status_code == 303 and 'letheon=""' in out.headers["set-cookie"]
     assert person.get("/").status_code == 303
+
+
+def test_a_logout_ends_the_session_for_every_copy_of_its_cookie(database_url: str, tmp_path: Path) -> None:
+    """On another replica too, and in a page that is open; other sessions of the key go on."""
+    with running(database_url, tmp_path) as first, running(database_url, tmp_path) as second:
+        person = log_in(first)
+        other = Person(visitor(first), person.headers)
+        key = person.headers["Authorization"].removeprefix("Bearer ")
+        assert other.post("/console/login", {"key": key}).status_code == 303
+        token = person.client.cookies["letheon"]
+        copy = Person(visitor(second), {})
+        copy.client.cookies.set("letheon", token)
+        assert copy.get("/").status_code == 200
+        caller, session_of = Caller(person.key_id, frozenset(keys.SCOPES), {}), login(first, person)
+        watch = _Watch(second.service, caller, session_of, first.submit(person.headers)["id"])
+        watch.look()
+        assert person.post("/console/logout").status_code == 303
+        for path in ("/", "/console/requests"):
+            assert copy.get(path).headers["location"].lstrip("/.").startswith("console/login")
+        assert copy.post("/console/playground", {"texts": "a good film"}).status_code == 303
+        part = copy.get("/", **{"HX-Request": "true"})
+        assert (part.status_code, part.headers["hx-redirect"]) == (401, "./console/login")
+        with pytest.raises(Unauthenticated):
+            watch.look()
+        assert copy.post("/console/logout").status_code == 303, "there is nothing left to end"
+        assert other.get("/").status_code == 200
+        cookie.log_out(second.service.sessions, session_of, now=utcnow())  # as two replicas may at the same moment
+        with first.service.sessions() as session:
+            assert session.scalars(select(EndedSession.id)).all() == [session_of.id]
+        cookie.log_out(second.service.sessions, login(first, other), now=session_of.expires_at + timedelta(hours=1))
+        with first.service.sessions() as session:  # what would have ended anyway, by any clock, is kept no longer
+            assert session_of.id not in session.scalars(select(EndedSession.id)).all()
 
 
 def test_the_cookie_is_for_this_host_and_tls_where_there_is_tls(api: Api) -> None:
@@ -209,12 +246,16 @@ def test_the_login_leads_nowhere_else(api: Api, next_page: str) -> None:
     )
 
 
+def login(api: Api, person: Person) -> cookie.Login:
+    return cookie.read(api.service.vault, person.client.cookies["letheon"], now=utcnow())
+
+
 def test_a_key_that_ends_ends_its_open_page(api: Api, others_request: str) -> None:
     person = log_in(api)
     with api.service.sessions() as session:
         caller = Caller(person.key_id, frozenset(keys.SCOPES), {})
         assert keys.in_force(session, person.key_id)
-    watch = _Watch(api.service, caller, others_request)
+    watch = _Watch(api.service, caller, login(api, person), others_request)
     watch.look()
     with api.service.sessions.begin() as session:
         keys.revoke_key(session, person.key_id, actor="test")
@@ -246,21 +287,22 @@ def test_tokens() -> None:
     vault, now = Vault(bytes(range(32))), utcnow()
     key_id = "key_0123456789abcdef"
     token = cookie.issue(vault, key_id, now=now, hours=1)
-    assert (
-        cookie.key_of(vault, token, now=now) == cookie.key_of(vault, token, now=now + timedelta(minutes=59)) == key_id
-    )
+    said = cookie.read(vault, token, now=now)
+    assert said == cookie.read(vault, token, now=now + timedelta(minutes=59)) and said.key_id == key_id
+    assert timedelta(minutes=59) < said.expires_at - now <= timedelta(hours=1)
+    assert cookie.read(vault, cookie.issue(vault, key_id, now=now, hours=1), now=now).id != said.id
     stated, _, signature = token.rpartition(".")
     later = stated.rpartition(".")[0] + ".99999999999." + signature
     other = token.replace("key_01", "key_02")
     for bad in ("", ".", "....", token[:-1], token + "A", later, other, "é" * 50, stated, token.replace(".", "_")):
         with pytest.raises(Unauthenticated):
-            cookie.key_of(vault, bad, now=now)
+            cookie.read(vault, bad, now=now)
     with pytest.raises(Unauthenticated):
-        cookie.key_of(vault, token, now=now + timedelta(hours=1))
+        cookie.read(vault, token, now=now + timedelta(hours=1))
     with pytest.raises(Unauthenticated):
-        cookie.key_of(vault, token, now=now - timedelta(hours=1))
+        cookie.read(vault, token, now=now - timedelta(hours=1))
     with pytest.raises(Unauthenticated):
-        cookie.key_of(Vault(bytes(32)), token, now=now)
+        cookie.read(Vault(bytes(32)), token, now=now)
 
 
 FOREIGN = [

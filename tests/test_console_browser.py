@@ -10,7 +10,8 @@ from datetime import timedelta
 import httpx2
 import pytest
 from browser_kit import CHROMIUM, PATIENCE, Watched, new_key, serve, watched
-from playwright.sync_api import Browser, expect, sync_playwright
+from floor import await_approval, must_take, submit, terms
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from tiny_models import make_tiny_model
 from worker_kit import MARKER, Process, Site, deploy
 
@@ -20,6 +21,7 @@ from models.llm import FrozenLLM
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 
 FORGET = f"the acting of {MARKER} is great"
+TALL = 3000
 expect.set_options(timeout=PATIENCE)
 
 
@@ -58,7 +60,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def requested(browser: Browser, address: str, site: Site, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The newcomer's request, made, trained, seen and revoked on the way; its id."""
-    person = watched(browser, address, color_scheme="light")
+    person = watched(browser, address, height=TALL, color_scheme="light")
     page = person.page
     person.log_in(new_key(site))
     expect(page.get_by_text("Answering.")).to_be_visible()
@@ -76,39 +78,64 @@ def requested(browser: Browser, address: str, site: Site, tmp_path_factory: pyte
     page.get_by_label("Or choose a file").set_input_files(file)
     page.get_by_label("Reason or reference").fill("Erasure request 2026-118")
     page.get_by_role("button", name="Send the request").click()
-    expect(page.get_by_role("alert")).to_contain_text("1 row needs mending. The other 5 are kept.")
+    expect(page.get_by_role("alert")).to_contain_text("1 row needs correcting. The other 5 are kept.")
     expect(page.get_by_role("row", name="line 4 label")).to_contain_text("must be one of negative, positive")
-    person.check("mending")
+    person.check("correcting")
     page.get_by_label("Label of line 4").select_option("negative")
     page.get_by_role("button", name="Send the request").click()
 
     # Watched live, and nothing moves.
     expect(page.get_by_role("heading", name="6 texts to forget")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollHeight") <= TALL, "all of the page is watched"
     expect(page.locator("#live .progress-line")).to_contain_text(re.compile(r"Step [1-9]\d"))
+    expect(page.locator("#evidence .waiting")).to_have_count(2)
+    page.evaluate("window.standing = document.getElementById('standing')")
     person.check("training")
-    expect(page.locator("#state .chip")).to_have_text("In force")
+    expect(page.locator("#standing .chip")).to_have_text("In force")
     expect(page.locator("#results")).to_contain_text("are answered “unknown”")
-    assert person.shifted < 0.01
+    expect(page.locator("#evidence svg")).to_have_count(2)
+    expect(page.locator("#evidence .waiting")).to_have_count(0)
+    assert person.shifted < 0.001, person.moved
+    assert page.evaluate("document.documentElement.scrollHeight") <= TALL
+    assert page.evaluate("window.standing === document.getElementById('standing')"), "what a screen reader listens to"
     expect(page.get_by_text("destroyed, key and all")).to_be_visible()
     request_id = page.url.partition("requests/")[2].partition("?")[0]
     person.check("request")
+
+    # Its pictures, small, where one scrolls to them.
+    person.open("/console/evidence?verify=true")
+    page.locator(".preview").scroll_into_view_if_needed()
+    expect(page.locator(".preview svg")).to_have_count(2)
+    assert person.shifted < 0.01
+    person.check("evidence")
 
     # Before and after, side by side.
     answer(person, FORGET, "unknown")
     person.check("playground")
 
-    # Revoked, and restored.
+    # Revoked.
     person.open(f"/console/requests/{request_id}")
     page.get_by_text("Revoke", exact=True).click()
+    in_both_widths(person, "revoking")
     page.get_by_label("Why").select_option("withdrawn")
     page.get_by_label("In words").fill("The person changed her mind")
     page.get_by_role("button", name="Revoke, and bring the old answers back").click()
     expect(page.get_by_role("status").first).to_contain_text("The old answers are back")
-    expect(page.locator("#state .chip")).to_have_text("Revoked")
+    expect(page.locator("#standing .chip")).to_have_text("Revoked")
     person.check("revoked")
     answer(person, FORGET, "as before")
     person.assert_clean()
     return request_id
+
+
+def in_both_widths(person: Watched, name: str) -> None:
+    """As the page is now, and at the width of a telephone."""
+    size = person.page.viewport_size
+    assert size is not None
+    person.check(name)
+    person.page.set_viewport_size({"width": 400, "height": 800})
+    person.check(f"{name}-narrow")
+    person.page.set_viewport_size(size)
 
 
 def answer(person: Watched, text: str, wanted: str) -> None:
@@ -116,7 +143,7 @@ def answer(person: Watched, text: str, wanted: str) -> None:
     person.page.get_by_label("Texts, one a line").fill(f"{text}\nthe plot is good")
     person.page.get_by_role("button", name="Show the answers").click()
     first = person.page.locator("article").first
-    served, bare = (first.locator(".label").nth(i).inner_text() for i in range(2))
+    bare, served = (first.locator(".label").nth(i).inner_text() for i in range(2))
     assert (served == "unknown") is (wanted == "unknown")
     assert bare != "unknown" and (wanted == "unknown" or served == bare)
 
@@ -148,11 +175,12 @@ def test_a_newcomers_path(requested: str) -> None:
 def test_every_page_in_both_colours(browser: Browser, address: str, site: Site, busy: str, scheme: str) -> None:
     person = watched(browser, address, color_scheme=scheme)
     person.open("/console/login")
-    person.check(f"login-{scheme}", picture=False)
+    person.check(f"login-{scheme}")
     person.log_in(new_key(site))
     pages = {
         "overview": "/",
         "requests": "/console/requests",
+        "found": "/console/requests?show=open&due=0&key=browser",
         "new": "/console/requests/new",
         "request": f"/console/requests/{busy}",
         "prompts": "/console/prompts",
@@ -163,9 +191,113 @@ def test_every_page_in_both_colours(browser: Browser, address: str, site: Site, 
     for name, path in pages.items():
         person.open(path)
         person.page.wait_for_load_state("load")
-        person.check(f"{name}-{scheme}", picture=name not in ("error", "playground"))
+        person.check(f"{name}-{scheme}")
         assert person.shifted < 0.01, name
     person.errors = [error for error in person.errors if "404" not in error]  # the page that is none says so
+    person.assert_clean()
+
+
+def test_a_refresh_leaves_the_focus_and_says_only_what_changed(
+    browser: Browser, address: str, site: Site, busy: str
+) -> None:
+    person = watched(browser, address)
+    page = person.page
+    person.log_in(new_key(site))
+    page.evaluate(
+        """() => {
+            window.health = document.getElementById("health");
+            window.said = [];
+            new MutationObserver(() => window.said.push(window.health.textContent)).observe(
+                window.health, {childList: true, characterData: true, subtree: true});
+        }"""
+    )
+    due = page.locator("#now tbody a").first
+    for focused in (due, page.locator("#due-next"), page.locator("#to-in-force")):
+        focused.focus()
+        refreshed(page)
+        expect(focused).to_be_focused()
+    assert page.evaluate("window.said") == [], "nothing was to be said"
+
+    def broken(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace("Answering.</strong>", "Not answering.</strong>"))
+
+    page.route(f"{address}/", broken)
+    for _ in range(2):
+        refreshed(page)
+    assert len(page.evaluate("window.said")) == 1 and "Not answering." in page.evaluate("window.said[0]")
+    assert page.evaluate("window.health === document.querySelector('[role=status]')")
+    expect(page.locator("#to-in-force")).to_be_focused()
+    person.assert_clean()
+
+
+def refreshed(page: Page) -> None:
+    """Wait until the overview has looked again by itself."""
+    page.evaluate("document.getElementById('now').dataset.before = 'yes'")
+    expect(page.locator("#now:not([data-before]) .tiles")).to_be_attached()
+
+
+@pytest.fixture
+def undecided(site: Site, busy: str) -> str:
+    """A request that waits for another person's approval, with nobody left to train it; its id."""
+    asked = submit(site.sessions, site.vault, f"{MARKER} waits", terms=terms(approval=True))
+    await_approval(site.sessions, must_take(site.sessions, asked))
+    return asked
+
+
+def test_what_opens_on_a_page_is_fit_for_everybody(
+    browser: Browser, address: str, site: Site, busy: str, undecided: str
+) -> None:
+    """The result of a dry run, and every form that is behind a word."""
+    person = watched(browser, address, color_scheme="light")
+    page = person.page
+    person.log_in(new_key(site))
+    person.open("/console/requests/new")
+    page.get_by_label("Paste").fill(f"the songs of {MARKER} are great\nthe songs of {MARKER} are great\nquite another")
+    page.get_by_text("Training settings of this request alone").click()
+    in_both_widths(person, "options")
+    page.get_by_role("button", name="Dry run").click()
+    expect(page.get_by_role("heading", name="Dry run: what this request would do")).to_be_visible()
+    in_both_widths(person, "dry run")
+    person.open(f"/console/requests/{undecided}")
+    for word in ("Reject", "Cancel the request"):
+        page.get_by_text(word, exact=True).click()
+    in_both_widths(person, "deciding")
+    page.get_by_label("Reason").fill("not this one")
+    page.get_by_role("button", name="Reject, and destroy its texts").click()
+    expect(page.locator("#standing .chip")).to_have_text("Failed")
+    in_both_widths(person, "rejected")
+    person.open("/console/prompts")
+    page.locator("summary", has_text="Restore").first.click()
+    expect(page.locator("details[open]").get_by_label("Why v")).to_be_visible()
+    in_both_widths(person, "restoring")
+    person.open("/console/evidence")
+    page.get_by_text("What a receipt says, and what it does not").click()
+    in_both_widths(person, "what a receipt says")
+    person.assert_clean()
+
+
+def test_pages_behind_a_pager(
+    browser: Browser, address: str, site: Site, busy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("requests.PAGE", "prompts.VERSIONS", "evidence.PAGE", "evidence.ENTRIES"):
+        monkeypatch.setattr(f"app.console.{name}", 1)  # of the server, which is in this process
+    person = watched(browser, address, color_scheme="light")
+    page = person.page
+    person.log_in(new_key(site))
+    for path, lists in (
+        ("requests", ["requests"]),
+        ("prompts", ["active sets"]),
+        ("evidence", ["receipts", "the audit log"]),
+    ):
+        for of in lists:
+            person.open(f"/console/{path}")
+            pages = page.get_by_role("navigation", name=f"Pages of {of}")
+            pages.get_by_role("link", name="Older").click()
+            expect(pages.get_by_role("link", name="Newest")).to_be_visible()
+            in_both_widths(person, f"older {of}")
+            pages.get_by_role("link", name="Newest").click()
+            expect(pages.get_by_role("link", name="Newest")).to_have_count(0)
     person.assert_clean()
 
 
@@ -183,16 +315,18 @@ def test_by_keyboard_and_on_a_narrow_screen(browser: Browser, address: str, site
     page.keyboard.press("Enter")
     expect(page.locator("main")).to_be_focused()
     assert page.url == f"{address}/#main"
-    page.set_viewport_size({"width": 380, "height": 800})
+    page.set_viewport_size({"width": 360, "height": 800})
     for path in (
         "/",
         "/console/requests",
         "/console/requests/new",
         f"/console/requests/{requested}",
         "/console/prompts",
+        "/console/evidence",
+        "/console/playground",
     ):
         person.open(path)
-        person.check(f"narrow{path.replace('/', '-')}", picture=False, axe=False)
+        person.check(f"narrow{path.replace('/', '-')}", axe=False)
     page.get_by_role("button", name="Log out").click()
     page.wait_for_url(f"{address}/console/login")
     person.open("/console/requests")

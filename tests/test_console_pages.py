@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any
@@ -18,11 +19,13 @@ from console_kit import Markup, Person, log_in, words
 from sqlalchemy import event, func, insert, select
 
 from app import approval, job_queue, lifecycle
+from app.console import evidence as evidence_page
 from app.console.figures import checks, progress_of
+from app.console.live import _Watch
 from app.console.playground import Shown, as_csv
 from app.console.uploads import MAX_ROWS, MENDABLE, Unreadable, mended, read_file, read_kept, read_pasted
 from app.settings import Settings
-from app.tables import AuditEntry, Prompt, RequestEvent, UnlearnRequest, new_id, utcnow
+from app.tables import ActiveSet, AuditEntry, Prompt, RequestEvent, UnlearnRequest, new_id, utcnow
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 NEW = "/console/requests/new"
@@ -62,7 +65,7 @@ def test_a_file_with_bad_rows_is_mended_and_sent_once(
     answer = admin.post(NEW, form, files={"file": file})
     said = words(answer)
     assert answer.status_code == 200 and stored(api) == before
-    assert "3 rows need mending. The other 2 are kept." in said
+    assert "3 rows need correcting. The other 2 are kept." in said
     assert "line 5 label : must be one of negative, positive" in said
     assert "line 6 text : the text must not be blank" in said
     assert re.search(r"line 7 text : has \d+ tokens, the limit is 64", said)
@@ -72,7 +75,7 @@ def test_a_file_with_bad_rows_is_mended_and_sent_once(
     texts = page.form()["mend_text"]
     again = page.form(do="send", mend_label=["negative", "", ""], mend_text=[texts[0], "", texts[2]], mend_drop="1")
     answer = admin.post(NEW, again)
-    assert answer.status_code == 200 and "1 row needs mending. The other 3 are kept." in words(answer)
+    assert answer.status_code == 200 and "1 row needs correcting. The other 3 are kept." in words(answer)
     last = Markup(answer).form(do="send", mend_label="", mend_text="a short one")
     assert last["reason"] == f"{MARKER} 1" and last["received"] == "2026-11-01"
     # A double click: both arrive, one request is made.
@@ -159,7 +162,7 @@ def test_what_cannot_be_sent_comes_back_with_why(api: Api, admin: Person) -> Non
         assert refused.status_code == 400 and "not in UTF-8" in words(refused)
     lines = "".join(f"{number}\n" for number in range(MENDABLE + 1))
     answer = admin.post(NEW, form, files={"file": ("rows.jsonl", lines)})
-    assert "501 rows need mending, more than 500" in words(answer)
+    assert "501 rows need correcting, more than 500" in words(answer)
     assert [text for _, text, _ in json.loads(Markup(answer).form()["kept"])] == []
     assert stored(api) == before
 
@@ -171,7 +174,7 @@ def test_no_text_touches_a_disk(admin: Person, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(SpooledTemporaryFile, "rollover", rolled)
     lines = "".join(json.dumps({"text": "good " * 2000}) + "\n" for _ in range(200))
     answer = admin.post(NEW, Markup(admin.get(NEW)).form(do="check"), files={"file": ("rows.jsonl", lines)})
-    assert len(lines) > 2_000_000 and answer.status_code == 200 and "200 rows need mending" in words(answer)
+    assert len(lines) > 2_000_000 and answer.status_code == 200 and "200 rows need correcting" in words(answer)
 
 
 def test_rows_of_files_and_pastes() -> None:
@@ -260,7 +263,9 @@ def test_the_second_person_decides(api: Api) -> None:
     claimed = claim(api.service, asked)
     with api.service.sessions.begin() as session:
         lifecycle.start_evaluating(session, claimed)
-        approval.await_approval(session, claimed, metrics={"forget_abstain": 1.0}, prompt_digest="0" * 64)
+        approval.await_approval(
+            session, claimed, metrics={"forget_abstain": 1.0}, prompt_digest="0" * 64, gate_digest=None
+        )
     address = f"/console/requests/{asked}"
     assert "another person's key has to approve it" in words(asker.get(address))
     assert asker.post(f"{address}/approve").status_code == 403
@@ -313,12 +318,59 @@ def test_progress_is_drawn_as_it_comes(api: Api, admin: Person) -> None:
     events = [block.split("\n")[0] for block in stream.text.split("\n\n") if block.startswith("event:")]
     assert events == ["event: state", "event: done"]
     assert "Step 7 of at most 60" in stream.text and "the loss became infinite" in words(stream)
-    for part in ("state", "results", "facts", "actions", "trail"):
+    for part in ("state", "results", "evidence", "facts", "actions", "remarks", "trail"):
         assert f'<div id="{part}" hx-swap-oob="innerHTML">' in stream.text
+    assert '<p id="standing" role="status" hx-swap-oob="innerHTML">' in stream.text
     assert Markup(stream).inline == []
     done = admin.get(f"/console/requests/{asked}/live?after=999999")
     assert "event: state" not in done.text and "event: done" in done.text
     assert "sse-connect" not in admin.get(f"/console/requests/{asked}").text
+
+
+def test_a_page_without_a_place_for_its_stream_asks_again(
+    api: Api, admin: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, streams = api.submit(admin.headers)["id"], api.service.streams
+    address = f"/console/requests/{asked}/live?after=0"
+    with ExitStack() as stack:
+        for _ in range(api.service.settings.max_event_streams):
+            stack.enter_context(streams.one(admin.key_id))
+        told = admin.get(address)
+    assert told.status_code == 200 and "event: state" in told.text and "event: done" not in told.text
+    assert told.text.endswith("retry: 10000\n\n")
+    # A browser asks again with the id of the last event that it got: what it has does not come again.
+    (told_id,) = re.findall(r"^id: (\d+)$", told.text, re.MULTILINE)
+    with ExitStack() as stack:
+        for _ in range(api.service.settings.max_event_streams):
+            stack.enter_context(streams.one(admin.key_id))
+        assert admin.get(address, **{"Last-Event-ID": told_id}).text == "retry: 10000\n\n"
+        losses = {"loss": 1.0, "forget_loss": 0.5, "retain_loss": 0.25, "kl_loss": 0.1, "elapsed_seconds": 3.0}
+        progress = {"total_steps": 60, "phase": "training", "forget_abstain": 0.5, "retain_accuracy": None, **losses}
+        claimed = claim(api.service, asked)
+        with api.service.sessions.begin() as session:
+            job_queue.record_progress(session, claimed, {"step": 7, **progress})
+        more = admin.get(address, **{"Last-Event-ID": told_id})
+        (more_id,) = re.findall(r"^id: (\d+)$", more.text, re.MULTILINE)
+        with api.service.sessions.begin() as session:
+            job_queue.record_progress(session, claimed, {"step": 8, **progress})
+        news = admin.get(address, **{"Last-Event-ID": more_id})
+    assert "Step 7 of at most 60" in more.text and int(more_id) > int(told_id)
+    assert "event: progress" in news.text and "Step 8 of at most 60" in news.text
+    assert 'id="actions"' not in news.text, "nobody's typing is painted over"
+    curves = [
+        answer.text.replace("\ndata: ", "\n").partition('<div class="figure lines">')[2].partition("</div>")[0].split()
+        for answer in (news, admin.get(f"/console/requests/{asked}"))
+    ]
+    assert curves[0] == curves[1] != [], "drawn from all events, not from the new ones alone"
+    seen: list[int] = []
+
+    def look(watch: _Watch) -> tuple[bool, str | None, str]:
+        seen.append(streams._open[admin.key_id])
+        return False, None, ""
+
+    monkeypatch.setattr(_Watch, "look", look)
+    assert "event: done" in admin.get(address).text
+    assert seen == [1] and not streams._open, "with a place it takes it, for as long as it is open"
 
 
 def test_curves_follow_the_newest_training() -> None:
@@ -349,7 +401,7 @@ def test_checks_say_what_was_kept() -> None:
     assert rows["Texts to forget answered “unknown”"] == ("50 %", False)
     assert rows["Right answers lost on all other texts"] == ("1 %", True)
     assert rows["… in the class that lost most"] == ("10 %", False)
-    assert rows["Longest row of the prompt, in word lengths"] == ("3.5", True)
+    assert rows["Largest vector of the prompt, relative to a word's"] == ("3.5", True)
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------
@@ -509,6 +561,16 @@ def test_the_log_is_verified_on_the_page(tmp_path: Path) -> None:
         assert checkpoint.json()["kind"] == "checkpoint"
         page = words(auditor.get("/console/evidence?verify=true"))
         assert "It holds. All 3 entries follow" in page and "signature" in page
+        with evidence_page._verifying:  # somebody else's
+            refused = auditor.get("/console/evidence?verify=true")
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "10"
+        assert "verified already" in words(refused)
+        with api.service.sessions.begin() as session:  # the log is whole, and what is served is not what it says
+            session.get_one(ActiveSet, 1).version += 1
+        broken = words(auditor.get("/console/evidence?verify=true"))
+        assert "It does not." in broken and "The version of the active set is not what the log says." in broken
+        with api.service.sessions.begin() as session:
+            session.get_one(ActiveSet, 1).version -= 1
         log = auditor.get("/console/evidence/audit-log")
         assert len(log.text.splitlines()) == 5 and log.headers["content-type"].startswith("application/x-ndjson")
         with api.service.sessions.begin() as session:

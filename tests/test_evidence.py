@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from worker_kit import MARKER, forget_texts, write_retain
 
 from app import active_set, approval, evidence, lifecycle
 from app.database_metrics import observe
-from app.errors import Conflict, KeyDestroyed, VaultError
+from app.errors import Conflict, VaultError
 from app.evidence import Found
-from app.evidence_pictures import embedding_svg, membership_svg
+from app.evidence_pictures import DASHED, NO_PROOF, SOLID, embedding_svg, membership_svg
 from app.security_headers import API_POLICY
 from app.settings import Mode
 from app.tables import Evidence, Prompt, UnlearnRequest, utcnow
@@ -66,7 +67,9 @@ def keep(sessions: Sessions, vault: Vault, request_id: str, found: Found | None 
     with sessions.begin() as session:
         prompt = session.scalars(select(Prompt).where(Prompt.request_id == request_id)).one_or_none()
         wrapped = prompt.wrapped_key if prompt else lifecycle.get_request(session, request_id).wrapped_key
-        evidence.save(session, vault, request_id, wrapped, found or Found(DOCUMENT))
+        assert wrapped is not None
+        sealed = evidence.seal(vault, request_id, wrapped, found or Found(DOCUMENT))
+        evidence.save(session, request_id, sealed)
 
 
 def look(sessions: Sessions, vault: Vault, request_id: str) -> dict[str, Any] | str:
@@ -146,9 +149,7 @@ def test_what_could_not_be_made_is_counted_and_said(sessions: Sessions, vault: V
     with sessions() as session:
         assert observe(session, utcnow()).evidence == {"kept": 1, "absent": 1}
     with sessions.begin() as session:
-        evidence.save(session, vault, kept, None, None)
-        with pytest.raises(KeyDestroyed):
-            evidence.save(session, vault, off, None, Found(DOCUMENT))
+        evidence.save(session, kept, evidence.seal(vault, kept, vault.new_key(), None))
     assert row(sessions, kept) is None and row(sessions, off) is None
 
 
@@ -201,6 +202,8 @@ def test_of_a_real_request(tmp_path: Path, mode: Mode, caplog: pytest.LogCapture
 
         metrics = api.client.get(f"/unlearn-requests/{request_id}", headers=mine).json()["metrics"]
         assert metrics["membership"]["after"] == {name: attack["served"][name] for name in ("auc", "low", "high")}
+        assert metrics["held_out_rows"] == len(held_out)
+        assert 0 <= metrics["held_out_accuracy"] <= 1 and 0 <= metrics["held_out_accuracy_before"] <= 1
         receipt = api.client.get(f"/unlearn-requests/{request_id}/receipt", headers=mine).json()["receipt"]
         rates = {rate["name"]: rate for rate in receipt["checks"]["rates"]}
         assert (rates["membership_auc"]["rate"], rates["membership_auc"]["rows"]) == (attack["served"]["auc"], 5)
@@ -245,6 +248,7 @@ def test_a_request_comes_into_force_without_evidence(tmp_path: Path, caplog: pyt
             requests = [session.get_one(UnlearnRequest, one) for one in (broken, off, old)]
             assert [one.state for one in requests] == ["active"] * 3
             assert requests[0].metrics is not None and requests[0].metrics["membership"] is None
+            assert "held_out_rows" not in requests[0].metrics
             assert requests[1].metrics is not None and "membership" not in requests[1].metrics
         assert "no evidence, and it goes on without: TextTooLong" in caplog.text
         for request_id, why in ((broken, "could-not"), (off, "not-made"), (old, "not-made")):
@@ -298,14 +302,41 @@ def test_pictures_say_what_they_show() -> None:
         assert said in picture, said
 
 
+def test_labels_differ_by_shape_and_not_by_colour_alone() -> None:
+    document = json.loads(json.dumps(DOCUMENT))
+    document["embedding"]["clusters"] += [
+        {"set": "forget", "label": "positive", "base": [[3, 3]], "served": [[4, 3]]},
+        {"set": "retain", "label": "positive", "base": [[5, 5]], "served": [[5, 5]]},
+    ]
+    shapes = re.findall(r'<g transform[^>]*><path class="c-s\d" d="M[\d.]+ -?[\d.]+([^"]+)"', embedding_svg(document))
+    assert len(shapes) == 4 == len(set(shapes))
+
+
+def test_the_attack_is_solid_before_and_dashed_after() -> None:
+    first, second = re.findall(
+        r'<path class="c-s([12])" d="M[^"]*"[^>]*?(stroke-dasharray[^/]*)?/>', membership_svg(DOCUMENT, small=True)
+    )
+    assert (first[0], second[0]) == ("1", "2") and not first[1] and second[1]
+    assert SOLID.startswith("solid: before") and DASHED.startswith("dashed: after")
+
+
+def test_small_pictures_show_the_same_without_words() -> None:
+    for draw in (embedding_svg, membership_svg):
+        whole, small = draw(DOCUMENT), draw(DOCUMENT, small=True)
+        assert "<text" not in small and "<text" in whole and len(small) < len(whole)
+        assert small.partition("<title>")[2].partition("</title>")[0] in whole
+    assert NO_PROOF in embedding_svg(DOCUMENT, small=True), "for whoever cannot see it"
+    assert "ZM320 " in embedding_svg(DOCUMENT, small=True)
+
+
 def test_a_text_that_stayed_is_in_the_same_place_of_both_halves() -> None:
     """The halves are one scale and a shift: the two retain points lie as far apart on the right as on the left."""
     drawn = [e.get("d") or "" for e in ElementTree.fromstring(embedding_svg(DOCUMENT)).iter(f"{SVG}path")]
     assert len([path for path in drawn if path.startswith("M1 ") and "ZM320 " in path]) == 1, "a line between them"
-    retain = next(path for path in drawn if path.endswith("h0") and path.count("M") == 4)
+    retain = next(path for path in drawn if "a3 3" in path and path.count("M") == 4)
     forget = next(path for path in drawn if path.count("M") == 2 and "l6 6" in path)
-    spots = [tuple(map(float, spot.split())) for spot in retain.replace("h0", "").removeprefix("M").split("M")]
-    (a, b, c, d), heights = [x for x, _ in spots], {y for _, y in spots}
+    spots = [tuple(map(float, spot)) for spot in re.findall(r"M(\S+) ([\d.]+)a", retain)]
+    (a, b, c, d), heights = [x + 3 for x, _ in spots], {y for _, y in spots}  # a ring begins at its left
     assert b - a == pytest.approx(d - c, abs=0.11) and a < b < 320 < c < d and len(heights) == 1
     # Its crosses begin three to the left of their middle; this one has moved beyond the others.
     before, after = (float(cross.split()[0]) + 3 for cross in forget.removeprefix("M").split("M"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
 from api_kit import gate_space, make_gate, soft_prompt, tiny_llm
 from torch import Tensor
 
-from models.evidence import Rows, Views, as_document, choose, make_evidence, routed_views
+from app.evidence import Found
+from models.evidence import Rows, Views, as_document, choose, held_out_figures, make_evidence, routed_views
 from models.examples import Example
 from models.gate import best_cosines
 from models.inference import Classifier
@@ -92,14 +95,13 @@ def test_two_far_clusters_stay_apart_the_same_way_every_time() -> None:
 
 
 def test_it_is_as_good_as_the_known_library() -> None:
-    from sklearn.manifold import TSNE
-
+    """``tsne_reference.json``: what scikit-learn made of these states, which it says itself how."""
+    theirs = json.loads((Path(__file__).parent / "tsne_reference.json").read_text())
     states = clusters(40, 8, 2.0)
     attraction = affinities(states.double(), 79 / 3)
     ours = divergence(tsne(states, seed=0), attraction)
-    theirs = TSNE(perplexity=79 / 3, init="pca", method="exact", random_state=0)
-    placed = torch.from_numpy(theirs.fit_transform(states.double().numpy())).double()
-    assert theirs.kl_divergence_ == pytest.approx(divergence(placed, attraction), rel=1e-3)  # the same affinities
+    placed = torch.tensor(theirs["placed"]).double()
+    assert theirs["kl_divergence"] == pytest.approx(divergence(placed, attraction), rel=1e-3)  # the same affinities
     assert ours < 1.05 * divergence(placed, attraction)
 
 
@@ -215,3 +217,20 @@ def test_texts_without_a_label_are_scored_by_the_models_own_answer() -> None:
     assert made.base.auc == pytest.approx(3 / 4)
     assert [(one.set, one.label) for one in made.clusters] == [("forget", None), ("retain", "first")]
     assert all(one.base == one.served for one in made.clusters)
+
+
+def test_right_answers_on_held_out_rows_by_hand() -> None:
+    """Of three held-out rows the base model has two right; of these the request takes one for its own."""
+    found = Rows(rows(1, "first"), rows(1, "first"), [*rows(2, "first"), *rows(1, "second"), *rows(1, None)])
+    base = [0.9, 0.9, 0.9, 0.8, 0.7, 0.2]  # of the first label; where it has .2 the two others have .4 each
+    seen = views(found, base, [0.1, 0.9, 0.9, 0.0, 0.7, 0.2], [True] + [False] * 5)
+    unknown = seen.served_scores.clone()
+    unknown[3] = torch.tensor([0.0, 0.0, 1.0])
+    seen = replace(seen, served_scores=unknown)
+    assert held_out_figures(found, seen, ["first", "second"]) == {
+        "held_out_rows": 4,
+        "held_out_accuracy_before": 0.75,  # the row without a label counts the base model's answer as right
+        "held_out_accuracy": 0.5,
+    }
+    assert held_out_figures(Rows(found.forget, found.retain, None), seen, ["first", "second"]) == {}
+    assert Found(None, "ValueError").figures == {"membership": None}

@@ -31,7 +31,7 @@ def due(sessions: Sessions, later: timedelta = LATER) -> list[str]:
 
 def expire(sessions: Sessions, request_id: str) -> bool:
     with sessions.begin() as session:
-        return expiry.expire(session, request_id)
+        return expiry.expire(session, request_id, utcnow() + LATER)
 
 
 def test_what_is_in_force_is_revoked(sessions: Sessions, vault: Vault) -> None:
@@ -69,6 +69,17 @@ def test_what_is_not_in_force_yet_fails(sessions: Sessions, vault: Vault, before
         if claim:
             with pytest.raises(LeaseLost):
                 lifecycle.hold(session, claim)
+
+
+@pytest.mark.parametrize("in_force", [False, True])
+def test_a_clock_that_was_set_back_meanwhile_ends_nothing(sessions: Sessions, vault: Vault, in_force: bool) -> None:
+    request_id = submit(sessions, vault, terms=terms(minutes=30))
+    if in_force:
+        activate(sessions, vault, must_take(sessions, request_id), version=0)
+    assert due(sessions) == [request_id]
+    with sessions.begin() as session:
+        assert not expiry.expire(session, request_id)
+    assert state(sessions, request_id) == ("active" if in_force else "pending")
 
 
 def test_what_is_being_cancelled_is_left_to_that(sessions: Sessions, vault: Vault) -> None:

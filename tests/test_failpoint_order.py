@@ -206,7 +206,10 @@ def test_a_training_that_waits_for_an_approval(sessions: Sessions, keystore: Key
     with passing(look) as passed:
         run_job(context, request_id)
     assert [name for name, _ in passed if "step" in name or "keep" in name] == []  # it was trained, and is kept
-    assert passed[-2:] == around("activate", ("evaluating", True), ("active", False))
+    assert passed[-3:] == [
+        ("prompt.sealed", ("evaluating", True)),
+        *around("activate", ("evaluating", True), ("active", False)),
+    ]
 
 
 @SQLITE

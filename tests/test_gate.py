@@ -291,6 +291,7 @@ def test_unseen_recall_equals_leaving_out_one_text_at_a_time(seed: int, texts: i
             claimed += score > without.threshold
             certain += score > without.certain
     assert (fit.unseen_claimed, fit.unseen_certain) == (claimed / texts, certain / texts)
+    assert fit.unseen_rows == texts
 
 
 def test_copies_of_a_text_prove_no_gap() -> None:
@@ -302,7 +303,7 @@ def test_copies_of_a_text_prove_no_gap() -> None:
     scores = best_cosines(space.points(others), fit.gate.directions)
     assert fit.gate.threshold == tail_threshold(scores, 0.01)
     assert fit.gate.certain == tail_threshold(scores, 0.008)
-    assert fit.unseen_claimed is fit.unseen_certain is None
+    assert fit.unseen_claimed is fit.unseen_certain is None and fit.unseen_rows == 0
 
 
 def test_a_single_text_says_nothing_of_unseen_ones() -> None:

@@ -17,7 +17,7 @@ from models.errors import DatasetError
 from models.examples import Example
 from models.gate_rows import GateRows, space_source
 from models.llm import FrozenLLM
-from models.row_cache import text_key
+from models.row_cache import CacheFolder
 from models.text_states import text_states
 
 RETAIN = [Example(f"a bad story {i * i} " + "with plot " * (i % 4), "negative") for i in range(40)]
@@ -81,7 +81,8 @@ def test_states_are_those_of_the_texts(llm: FrozenLLM) -> None:
 
 
 def test_a_row_that_left_the_retain_set_leaves_the_file(llm: FrozenLLM, tmp_path: Path) -> None:
-    rows = GateRows(llm, RETAIN, 16, tmp_path)
+    kept = CacheFolder(tmp_path, b"key")
+    rows = GateRows(llm, RETAIN, 16, kept)
     rows.fit_space()
     states = rows.states(rows.calibration_rows)
     (file,) = tmp_path.iterdir()
@@ -89,22 +90,23 @@ def test_a_row_that_left_the_retain_set_leaves_the_file(llm: FrozenLLM, tmp_path
     left = [e for e in RETAIN if e != gone]
 
     def stored() -> set[bytes]:
-        return {key.tobytes() for key in np.load(file)["keys"]}
+        return {name.tobytes() for name in np.load(file)["names"]}
 
-    assert text_key(gone.text) in stored()
-    again = GateRows(llm, left, 16, tmp_path)
+    assert kept.name(gone.text) in stored()
+    again = GateRows(llm, left, 16, kept)
     assert torch.equal(again.states(again.calibration_rows), states), "read back, bit for bit"
-    assert text_key(gone.text) not in stored()
-    assert stored() <= {text_key(e.text) for e in left}
+    assert kept.name(gone.text) not in stored()
+    assert stored() <= {kept.name(e.text) for e in left}
     assert [f.name for f in tmp_path.iterdir()] == [f"gate-{llm.fingerprint[:32]}.npz"]
 
 
 def test_the_space_is_fitted_on_its_own_side_only(llm: FrozenLLM, tmp_path: Path) -> None:
-    rows = GateRows(llm, RETAIN, 16, tmp_path)
+    kept = CacheFolder(tmp_path, b"key")
+    rows = GateRows(llm, RETAIN, 16, kept)
     space = rows.fit_space()
     wanted = gate.fit_space(rows.states(rows.space_rows), 2, fingerprint=llm.fingerprint)
     assert space.digest == wanted.digest
-    assert GateRows(llm, RETAIN, 16, tmp_path).fit_space().digest == space.digest
+    assert GateRows(llm, RETAIN, 16, kept).fit_space().digest == space.digest
 
 
 def test_nearest_are_the_space_rows_with_the_largest_cosines(llm: FrozenLLM) -> None:

@@ -109,8 +109,7 @@ class Gateway:
     def start(self, *addresses: str) -> None:
         """Replicas at these addresses; returns when the gateway sends them requests."""
         for address in addresses:
-            options = ("--no-worker", "--host", address, "--port", str(self.port))
-            self.replicas[address] = self.site.start("-m", "app.cli", "serve", *options)
+            self.replicas[address] = self.site.start_api("--host", address, "--port", str(self.port))
             self.names.addresses.append(address)
         for address in addresses:
             wait_for(lambda address=address: self.answers(address), address)  # type: ignore[misc]

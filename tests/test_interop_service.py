@@ -124,7 +124,7 @@ def test_an_export_is_in_the_log_and_nothing_of_the_prompt_is(
     assert repr(data[:40]) not in logs
     with api.service.sessions.begin() as session:
         row = session.get_one(Prompt, prompt_id)
-        receipt = receipts.build(session, api.service.vault, lifecycle.get_request(session, row.request_id))
+    receipt = receipts.build(api.service.sessions, api.service.vault, row.request_id)
     assert "prompt.exported" in [found["action"] for found in receipt["receipt"]["audit"]]
 
 

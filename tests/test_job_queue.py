@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import active_set, approval, audit, job_queue, lifecycle
 from app.errors import LeaseLost, VaultError
 from app.lifecycle import Claim
+from app.sealing import seal_prompt
 from app.tables import Checkpoint, RequestEvent, UnlearnRequest, utcnow
 from app.vault import Vault
 
@@ -118,14 +120,12 @@ WRITES: dict[str, Callable[[Session, Vault, Claim], object]] = {
     "finish_cancelled": lambda session, vault, claim: lifecycle.finish_cancelled(session, claim),
     "release": lambda session, vault, claim: lifecycle.release(session, claim),
     "await_approval": lambda session, vault, claim: approval.await_approval(
-        session, claim, metrics={}, prompt_digest=""
+        session, claim, metrics={}, prompt_digest="", gate_digest=None
     ),
     "activate": lambda session, vault, claim: active_set.activate(
         session,
-        vault,
         claim,
-        prompt=b"",
-        digest="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        seal_prompt(vault, vault.new_key(), prompt=b"", digest=hashlib.sha256().hexdigest()),
         fingerprint=FINGERPRINT,
         num_virtual_tokens=1,
         hidden_size=1,

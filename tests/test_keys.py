@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import audit, keys
+from app import audit, entry_facts, keys
 from app.auth import create_first_key
 from app.errors import Conflict, InvalidInput, NotFound, Unauthenticated
 from app.key_uses import KeyUses
@@ -94,7 +94,9 @@ def test_an_expired_key_is_refused(sessions: Sessions) -> None:
         with pytest.raises(Unauthenticated):
             keys.authenticate(session, plaintext, now=now + timedelta(days=1))
         [entry] = session.scalars(select(AuditEntry))
-        assert entry.detail == {"scopes": ["admin"], "expires_at": (now + timedelta(days=1)).isoformat()}
+        made = entry_facts.key_digest(key.name, key.digest, now)
+        end = (now + timedelta(days=1)).isoformat()
+        assert entry.detail == {"scopes": ["admin"], "record_digest": made, "expires_at": end}
         assert audit.verify(session) == 1
 
 
@@ -149,7 +151,8 @@ def test_limits(sessions: Sessions) -> None:
     with sessions() as session:
         assert session.get_one(ApiKey, key.id).limits == limits
         [entry] = session.scalars(select(AuditEntry))
-        assert entry.detail == {"scopes": ["requests"], "limits": limits}
+        made = entry_facts.key_digest(key.name, key.digest, key.created_at)
+        assert entry.detail == {"scopes": ["requests"], "record_digest": made, "limits": limits}
         past = utcnow() - timedelta(seconds=1)
         for bad, field in (
             ({"limits": {"requests": 5}}, "limit"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from vault_kit import away, pending, sharing, texts_open
 from webhook_kit import add_key, add_webhook, deliveries, make_due, receiving, sender
 from webhook_kit import submit as submit_for
-from worker_kit import forget_texts, write_retain
+from worker_kit import ask, write_retain
 
 import worker.deliveries
-from app import db, keystore, lifecycle, shredding
+from app import db, keystore, shredding
 from app.errors import KeyStoreAway
 from app.keystore import KeyStore
 from app.settings import Settings
@@ -53,10 +53,22 @@ def embedded(tmp_path: Path) -> Iterator[Sessions]:
     engine.dispose()
 
 
-def up(api: Api) -> float:
+def gauge(api: Api, name: str) -> float | None:
     scraped = api.client.get("/metrics", headers=api.key("metrics")).text
     families = {family.name: family for family in text_string_to_metric_families(scraped)}
-    return float(families["letheon_keystore_up"].samples[0].value)
+    return float(families[name].samples[0].value) if name in families else None
+
+
+def up(api: Api) -> float | None:
+    return gauge(api, "letheon_keystore_up")
+
+
+@pytest.mark.parametrize("name", ["keystore.db", None])
+def test_whether_there_is_one_is_told(name: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"sqlite:///{tmp_path / name}" if name else ""
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, keystore_url=url) as api:
+        assert (gauge(api, "letheon_keystore_configured"), up(api)) == ((1, 1) if name else (0, None))
+    assert ("there is no key store" in caplog.text) is (name is None)
 
 
 def ready(api: Api) -> tuple[int, list[str] | None]:
@@ -136,6 +148,91 @@ def test_a_key_store_that_hangs_does_not_answer(tmp_path: Path, monkeypatch: pyt
         other.dispose()
 
 
+@pytest.mark.skipif("postgresql" not in database_kinds(), reason="SQLite has no lock that a read waits for")
+def test_nobody_waits_for_a_lock_in_the_key_store_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `VACUUM FULL` takes it: the model's thread may be who asks, for a prompt that came into force meanwhile."""
+    monkeypatch.setattr(db, "LOCK_SECONDS", 0.2)
+    with fresh_database("postgresql", tmp_path, empty=True) as url:
+        store, other = KeyStore(url), db.make_engine(url)
+        store.check()
+        with other.begin() as connection:
+            connection.execute(text("LOCK TABLE shares IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(KeyStoreAway):
+                store.read(bytes(16))
+        store.close()
+        other.dispose()
+
+
+class Clock:
+    """A clock that stands still, and what happens whenever somebody looks at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        self.meanwhile()
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(keystore, "time", clock)
+    return clock
+
+
+def test_a_look_that_gets_no_answer_counts_as_none_in_time(clock: Clock) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store = KeyStore(f"postgresql://letheon@127.0.0.1:{listener.getsockname()[1]}/keys?sslmode=disable")
+        looking = threading.Thread(target=store.look)
+        assert store.answers, "before the first look"
+        looking.start()
+        connection, _ = listener.accept()  # it has asked, and nobody answers
+        clock.now = keystore.CONNECT_SECONDS - 0.001
+        assert store.answers, "not yet"
+        clock.now = keystore.CONNECT_SECONDS
+        assert not store.answers
+        connection.close()
+        looking.join()
+        assert not store.answers, "an error is no answer either"
+        store.close()
+
+
+def test_a_look_that_ends_while_somebody_asks_how_it_stands(clock: Clock, tmp_path: Path) -> None:
+    store = KeyStore(f"sqlite:///{tmp_path}/keys.db")
+    clock.meanwhile = lambda: setattr(store, "_asked", None)
+    store._asked = 0.0
+    assert store.answers
+
+
+def test_looks_before_during_and_after_an_outage(store_url: str) -> None:
+    store = KeyStore(store_url)
+    seen = []
+    for _ in range(2):
+        store.look()
+        seen.append(store.answers)
+        with away(store):
+            store.look()
+            seen.append(store.answers)
+        assert not store.answers, "nobody has asked since"
+    store.look()
+    assert [*seen, store.answers] == [True, False, True, False, True]
+    store.close()
+
+
+def test_a_running_service_notices_by_itself(store_url: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"keystore_url": store_url, "active_set_poll_seconds": 0.01}
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, **changes) as api:
+        store = api.service.vault.keystore
+        assert store is not None
+        for _ in range(3):
+            with away(store):
+                wait_until(lambda: ready(api) == (200, ["key-store"]))
+            wait_until(lambda: ready(api) == (200, []))
+    assert "key-store-watch" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_host_that_is_down_is_not_asked_by_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         calls: list[int] = []
@@ -197,21 +294,8 @@ def request(context: Context) -> UnlearnRequest:
         return session.scalars(select(UnlearnRequest)).one()
 
 
-def submit(context: Context) -> str:
-    with context.sessions.begin() as session:
-        return lifecycle.create_request(
-            session,
-            context.vault,
-            texts=forget_texts(),
-            reason=None,
-            options={"check_every": 1_000_000},
-            fingerprint=context.llm.fingerprint,
-            api_key_id=None,
-        ).id
-
-
 def test_a_request_waits_and_loses_no_attempt(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, request_id = context.vault.keystore, submit(context)
+    store, request_id = context.vault.keystore, ask(context)
     assert store is not None
     with away(store):
         assert not run_job(context, request_id)

@@ -52,6 +52,9 @@ def test_every_manifest_is_valid(manifest: Manifest, version: str) -> None:
         ("ScaledObject", "letheon-api", ("spec", "maxReplicaCount"), "many"),
         ("ScaledObject", "letheon-api", ("spec", "maxReplicas"), 3),
         ("ScaledObject", "letheon-worker", ("spec", "scaleTargetRef", "name"), ...),
+        ("ScaledObject", "letheon-api", ("spec", "fallback"), {"failureThreshold": 4, "replicas": 4}),
+        ("ScaledObject", "letheon-worker", ("spec", "triggers", 1, "metricType"), "Value"),
+        ("ScaledObject", "letheon-worker", ("spec", "triggers", 0, "metricType"), ...),
         ("TriggerAuthentication", "letheon-keda", ("spec", "secretTargetRef", 0, "key"), ...),
         ("TriggerAuthentication", "letheon-keda", ("spec", "secretRef"), []),
     ],
@@ -121,8 +124,9 @@ def test_objects_find_each_other() -> None:
             assert any(wanted.items() <= labels.items() for labels in all_labels.values())
         elif kind == "ScaledObject":
             target = find("Deployment", spec["scaleTargetRef"]["name"])
-            assert spec["minReplicaCount"] <= spec["fallback"]["replicas"] <= spec["maxReplicaCount"]
-            assert spec["minReplicaCount"] == target["spec"]["replicas"]
+            assert spec["minReplicaCount"] == target["spec"]["replicas"] < spec["maxReplicaCount"]
+            if "fallback" in spec:
+                assert spec["minReplicaCount"] <= spec["fallback"]["replicas"] <= spec["maxReplicaCount"]
             for trigger in spec["triggers"]:
                 if "authenticationRef" in trigger:
                     find("TriggerAuthentication", trigger["authenticationRef"]["name"])

@@ -133,7 +133,7 @@ def free_port() -> int:
 def start_api(site: Site, secret: str, stack: ExitStack) -> Api:
     """Without waiting until it is ready, so that several start at the same time."""
     port = free_port()
-    process = site.start("-m", "app.cli", "serve", "--no-worker", "--port", str(port))
+    process = site.start_api("--port", str(port))
     client = httpx2.Client(
         base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {secret}"}, timeout=30, trust_env=False
     )

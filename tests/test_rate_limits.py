@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,19 @@ def test_calls_over_http(tmp_path: Path) -> None:
         assert_problem(response, 422, "invalid-input", field="texts", limit=3)
         for path in ("/livez", "/readyz"):
             assert api.client.get(path).status_code == 200
+
+
+def test_a_call_that_finds_no_place_uses_up_no_allowance(tmp_path: Path) -> None:
+    knobs = {"max_queued_texts": 1, "classify_texts_per_minute": 4}
+    with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, **knobs) as api:
+        headers, serving = api.key("classify"), api.service.serving
+        ask = partial(api.client.post, "/classify", json={"text": "good"}, headers=headers)
+        with serving.place(1, math.inf):
+            assert [ask().status_code for _ in range(6)] == [503] * 6
+        # Four a minute, whose first was taken a moment ago: the fifth is one too many, unless this takes 15 seconds.
+        assert [ask().status_code for _ in range(4)] == [200] * 4
+        serving.close()
+        assert ask().status_code == 503, "no place is left to ask for"
 
 
 def test_nobody_uses_up_what_anothers_key_may_ask(tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from api_kit import MASTER_KEY, add_prompt, make_gate, new_key, running, soft_prompt, sse
+from api_kit import MASTER_KEY, add_prompt, make_gate, new_key, running, soft_prompt, sse, wait_until
 from databases import database_kinds, fresh_database
 from test_processes import free_port
 from tiny_models import make_tiny_model
+from vault_kit import away
 from worker_kit import PYTHONPATH, ROOT, Process, wait_for
 
 from app.vault import Vault
@@ -37,9 +38,8 @@ pytestmark = pytest.mark.skipif(
 
 # `serve run` starts a Ray of its own where none runs in the process. This one is small and has no dashboard.
 DRIVER = """
-import signal, sys, ray
+import sys, ray
 from ray.serve.scripts import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[1], namespace="serve")
 cli(["run", sys.argv[2]])
 """
@@ -101,6 +101,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             "LETHEON_MAX_BODY_BYTES": "20000",
             "LETHEON_RAY_MIN_REPLICAS": "2",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "180",  # on a machine that has other work
             "PYTHONPATH": PYTHONPATH,
         }
         log = folder / "ray.log"
@@ -262,8 +263,34 @@ def test_only_what_a_new_replica_may_mend_is_unhealthy(tmp_path: Path, caplog: p
                 broken.service.serving.close()  # the model thread is gone, the database is not
                 check(broken.service)
         if url.startswith("postgresql"):  # the database is gone: this replica waits for it
+
+            def waits() -> bool:  # it is taken away beside the tests
+                check(local.service)
+                return "out of reach" in caplog.text
+
+            wait_until(waits)
+
+
+@OLD_FORM
+def test_a_replica_is_not_replaced_while_the_key_store_is_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The set changed meanwhile, so that this one cannot answer; nor could a new one, which opens the whole set."""
+    from app.errors import KeyStoreAway
+    from deploy.ray_serve import check
+
+    url, store_url = (f"sqlite:///{tmp_path / name}.db" for name in ("letheon", "keystore"))
+    with running(url, tmp_path, keystore_url=store_url, active_set_poll_seconds=3600.0) as local:
+        check(local.service)
+        store = local.service.vault.keystore
+        assert store is not None
+        add_prompt(local.service, soft_prompt(1), make_gate("a text"))
+        with away(store):
+            with pytest.raises(KeyStoreAway):
+                local.service.serving.check()
             check(local.service)
-            assert "out of reach" in caplog.text
+            assert "keystore-away: " in caplog.text
+        check(local.service)
 
 
 @OLD_FORM

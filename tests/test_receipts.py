@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from databases import migrated_database
 from floor import activate, must_take, submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 from training_kit import train
 from typer.testing import CliRunner
@@ -29,7 +29,8 @@ from app.receipt_format import ReceiptInvalid, sign, verify, wilson
 from app.settings import Mode, get_settings
 from app.signing import PublicKey, Signer, canonical, new_private_key
 from app.signing_key import load_signer
-from app.tables import ForgetDigest, Prompt, UnlearnRequest
+from app.tables import ForgetDigest, UnlearnRequest
+from app.terms import agree
 from app.vault import Vault
 from models import metrics
 
@@ -37,8 +38,7 @@ Sessions = sessionmaker[Session]
 
 
 def make_receipt(sessions: Sessions, vault: Vault, request_id: str) -> dict[str, Any]:
-    with sessions.begin() as session:
-        return receipts.build(session, vault, lifecycle.get_request(session, request_id))
+    return receipts.build(sessions, vault, request_id)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,7 @@ def test_of_an_active_a_suspended_and_a_revoked_request(sessions: Sessions, vaul
     assert suspended["active_set"]["in_force"] == [{"from": 2, "before": 3}]
     assert suspended["active_set"]["digest"] == active["active_set"]["digest"]
     with sessions.begin() as session:
-        active_set.revoke_prompt(session, prompt_id, actor="key_3", reason=MARKER)
-        session.execute(update(Prompt).where(Prompt.id == prompt_id).values(revoke_code="withdrawn"))
+        active_set.revoke_prompt(session, prompt_id, actor="key_3", reason=MARKER, code="withdrawn")
     revoked = make_receipt(sessions, vault, second)
     gone = revoked["receipt"]["revocation"]
     assert (gone["code"], gone["by"]) == ("withdrawn", "key_3") and datetime.fromisoformat(gone["at"]).tzinfo == UTC
@@ -147,8 +146,54 @@ def test_of_an_active_a_suspended_and_a_revoked_request(sessions: Sessions, vaul
     assert MARKER not in json.dumps(revoked)
 
 
+def test_estimates_have_an_interval_where_it_is_known_of_how_many_texts_they_are(
+    sessions: Sessions, vault: Vault
+) -> None:
+    metrics = {"unseen_claimed": 0.8, "unseen_certain": 0.0, "unseen_rows": 5}
+
+    def rates(known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        request_id = submit(sessions, vault)
+        with sessions() as session:
+            version = active_set.read_active_set(session).version
+        activate(sessions, vault, must_take(sessions, request_id), version=version, metrics=known)
+        made = make_receipt(sessions, vault, request_id)["receipt"]["checks"]["rates"]
+        return {rate.pop("name"): rate for rate in made}
+
+    # 4 of 5 by hand above; 0 of 5: 3.841459 / 8.841459
+    assert rates(metrics) == {
+        "unseen_claimed": {"rate": 0.8, "rows": 5, "low": 0.375535, "high": 0.963776, "approximate": True},
+        "unseen_certain": {"rate": 0.0, "rows": 5, "low": 0.0, "high": 0.434482, "approximate": True},
+    }
+    held_out = {"held_out_accuracy": 0.8, "held_out_accuracy_before": 0.0, "held_out_rows": 5}
+    assert rates(held_out) == {
+        "held_out_accuracy": {"rate": 0.8, "rows": 5, "low": 0.375535, "high": 0.963776, "approximate": False},
+        "held_out_accuracy_before": {"rate": 0.0, "rows": 5, "low": 0.0, "high": 0.434482, "approximate": False},
+    }
+    older = {"rate": 0.8, "rows": None, "low": None, "high": None, "approximate": True}
+    assert rates({"unseen_claimed": 0.8}) == {"unseen_claimed": older}
+    assert rates({"unseen_claimed": None, "unseen_certain": None, "unseen_rows": 0}) == {}
+
+
+def test_when_the_persons_request_was_received(sessions: Sessions, vault: Vault) -> None:
+    received = datetime(2026, 1, 31, 9, 30, tzinfo=timezone(timedelta(hours=1)))
+    agreed = agree(
+        received_at=received, expires_at=None, approval_required=False, months=1, now=received + timedelta(days=3)
+    )
+    ids = [submit(sessions, vault, terms=terms) for terms in (agreed, None)]
+    with sessions.begin() as session:
+        for request_id in ids:
+            lifecycle.request_cancel(session, request_id, actor="key_1")
+    dated, older = (make_receipt(sessions, vault, request_id)["receipt"]["request"] for request_id in ids)
+    assert (dated["received_at"], dated["due_at"]) == (
+        "2026-01-31T08:30:00.000000+00:00",
+        "2026-02-28T08:30:00.000000+00:00",
+    )
+    assert older["received_at"] is older["due_at"] is None
+
+
 def test_the_digest_of_the_set(sessions: Sessions, vault: Vault) -> None:
     ids = [submit(sessions, vault, *texts) for texts in (("a", "b"), ("b", "a"), ("a", "c"))]
+    ids.append(submit(sessions, vault, set_digest=b"s" * 32))
     with sessions.begin() as session:
         for request_id in ids:
             lifecycle.request_cancel(session, request_id, actor="key_1")
@@ -157,30 +202,31 @@ def test_the_digest_of_the_set(sessions: Sessions, vault: Vault) -> None:
     with sessions.begin() as session:
         own = sorted(session.scalars(select(ForgetDigest.digest).where(ForgetDigest.request_id == ids[0])))
         assert digests[0] == hashlib.sha256(b"letheon set v1\0" + own[0] + own[1]).hexdigest()
-        session.execute(update(UnlearnRequest).where(UnlearnRequest.id == ids[0]).values(set_digest=b"s" * 32))
-    assert make_receipt(sessions, vault, ids[0])["receipt"]["request"]["set_digest"] == (b"s" * 32).hex()
+    assert digests[3] == (b"s" * 32).hex()
 
 
-def test_what_moves_while_it_is_made_is_in_it_whole(
+def test_what_moves_while_it_is_made_is_not_in_it_by_half(
     sessions: Sessions, vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request_id = submit(sessions, vault)
     prompt_id = activate(sessions, vault, must_take(sessions, request_id), version=0)
-    make_receipt(sessions, vault, request_id)  # the key is there: what follows writes nothing
+    before = make_receipt(sessions, vault, request_id)
     read, calls = lifecycle.get_request, 0
 
-    def then_revoke(session: Session, wanted: str) -> UnlearnRequest:
+    def then_revoke(session: Session, wanted: str, **named: Any) -> UnlearnRequest:
         nonlocal calls
         calls += 1
-        found = read(session, wanted)
-        if calls == 2:  # the one within build
+        found = read(session, wanted, **named)
+        if calls == 1:  # what comes after it is read after the revoke
             with sessions.begin() as other:
                 active_set.revoke_prompt(other, prompt_id, actor="key_1", reason=None)
         return found
 
-    monkeypatch.setattr(lifecycle, "get_request", then_revoke)
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle, "get_request", then_revoke)
+        assert make_receipt(sessions, vault, request_id) == before and calls == 1
     found = make_receipt(sessions, vault, request_id)["receipt"]
-    assert calls == 3 and found["request"]["state"] == "revoked" and found["revocation"] is not None
+    assert found["request"]["state"] == "revoked" and found["revocation"] is not None
 
 
 # --- of a real training, over HTTP -----------------------------------------------------------------------------------
@@ -217,8 +263,10 @@ def test_the_same_bytes_from_two_servers_and_nothing_typed(database_url: str, tm
         rates = {rate["name"]: rate for rate in found["checks"]["rates"]}
         counts = found["checks"]["counts"]
         expected = {"forget_abstain": 5, "retain_accuracy": counts["retain_rows"]}
+        estimated = [name for name in ("unseen_claimed", "unseen_certain") if name in rates]
         if mode == Mode.ROUTED:
             expected |= {"prompt_abstain": 5, "gate_recall": 5}
+            expected |= dict.fromkeys(estimated, counts["unseen_rows"])
             expected |= dict.fromkeys(
                 ("false_claim_rate", "total_claim_rate", "false_abstain_rate"), counts["check_rows"]
             )
@@ -228,6 +276,7 @@ def test_the_same_bytes_from_two_servers_and_nothing_typed(database_url: str, tm
             assert rates[name]["rows"] == rows
             assert (rates[name]["low"], rates[name]["high"]) == pytest.approx((low, high), abs=1e-5)
         assert [name for name, rate in rates.items() if rate["approximate"]] == [
+            *estimated,
             "retain_accuracy",
             "retain_accuracy_before",
         ]
@@ -309,6 +358,15 @@ def test_what_another_key_signed_is_refused_where_the_key_is_known(made: tuple[b
     receipt["key"]["id"] = signer.public.key_id
     with pytest.raises(ReceiptInvalid, match="names another key"):
         verify(canonical(sign(receipt, forger)))
+
+
+def test_a_receipt_of_the_first_version_still_verifies(made: tuple[bytes, Signer]) -> None:
+    data, signer = made
+    receipt = json.loads(data)["receipt"]
+    assert receipt.pop("version") == 2
+    del receipt["request"]["received_at"]
+    older = {**receipt, "version": 1}
+    assert verify(canonical(sign(older, signer)), signer.public) == (older, signer.public)
 
 
 def test_the_signed_bytes_can_be_cut_out_of_the_file(made: tuple[bytes, Signer]) -> None:

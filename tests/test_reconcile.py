@@ -20,11 +20,11 @@ from vault_kit import NEW, OLD, away, backup, pending, prompt_opens, sharing, te
 from webhook_kit import add_key, add_webhook
 from worker_kit import forget_texts, write_retain
 
-from app import active_set, audit, db, evidence, job_queue, keys, lifecycle, reconcile, shredding, webhooks
+from app import active_set, audit, audit_state, db, evidence, job_queue, keys, lifecycle, reconcile, shredding, webhooks
 from app.errors import KeyStoreAway, ShareMissing, VaultError
 from app.evidence import Found
 from app.keystore import KeyStore
-from app.settings import Mode
+from app.settings import Mode, Settings
 from app.tables import AuditEntry, Evidence, Prompt, UnlearnRequest, Webhook, utcnow
 from app.vault import Vault
 from models.examples import read_examples
@@ -57,7 +57,8 @@ def put(sessions: Sessions, vault: Vault, data: bytes) -> str:
     prompt_id = activate(sessions, vault, request, data=data, version=version)
     with sessions.begin() as session:
         key = active_set.get_prompt(session, prompt_id).wrapped_key
-        evidence.save(session, vault, request.request_id, key, Found({"seed": 0}))
+        assert key is not None
+        evidence.save(session, request.request_id, evidence.seal(vault, request.request_id, key, Found({"seed": 0})))
     return prompt_id
 
 
@@ -313,6 +314,56 @@ def test_processes_that_start_together_after_a_restore_end_it_once(
     with sessions() as session:
         again = select(AuditEntry.subject).where(AuditEntry.action == "key.revoked").order_by(AuditEntry.subject)
         assert session.scalars(again).all() == sorted(revived)
+
+
+def test_a_start_without_a_key_store_says_so(
+    sessions: Sessions, keystore: KeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reconcile.make_ready(sessions, sharing(None))
+    assert [record.levelname for record in caplog.records if record.getMessage() == reconcile.NO_KEY_STORE] == [
+        "WARNING"
+    ]
+    caplog.clear()
+    reconcile.make_ready(sessions, sharing(keystore))
+    assert "key store" not in caplog.text
+    embedded = Vault.from_settings(Settings(_env_file=None, home=tmp_path))
+    assert embedded.keystore is not None, "without DATABASE_URL there always is one"
+    embedded.close()
+
+
+def test_a_cancelled_request_whose_texts_are_kept_stays_so(engine: Engine, keystore: KeyStore, tmp_path: Path) -> None:
+    """Its share lives on, so no tombstone says that it has ended."""
+    sessions, vault = db.make_sessions(engine, keep_texts=KEEP), sharing(keystore)
+    reconcile.make_ready(sessions, vault)
+    waits, trains, kept = (submit(sessions, vault) for _ in range(3))
+    running_one = must_take(sessions, trains)
+    with backup(engine, tmp_path) as url:
+        with sessions.begin() as session:
+            lifecycle.request_cancel(session, waits, actor="key_1")
+        with sessions.begin() as session:
+            lifecycle.request_cancel(session, trains, actor="key_1")
+        with sessions.begin() as session:
+            lifecycle.finish_cancelled(session, running_one)
+        tell_ended(sessions, vault, set())
+        assert keystore.ended() == {waits, trains}
+        copy = db.make_engine(url)
+        again = db.make_sessions(copy, keep_texts=KEEP)
+        for _ in range(2):  # and nothing is left to do the second time
+            reconcile.make_ready(again, sharing(keystore))
+            assert [state(again, one) for one in (waits, trains, kept)] == ["cancelled", "cancelled", "pending"]
+        with again() as session:
+            entries = session.scalars(select(AuditEntry).where(AuditEntry.action == "request.cancelled")).all()
+            assert {(e.subject, e.actor, e.detail["code"]) for e in entries} == {
+                (one, "system", "reconciled") for one in (waits, trains)
+            }
+            assert len(entries) == 2
+            # Their time began at the first cancellation, so they are not kept for another such time.
+            for one in (waits, trains):
+                row = session.get_one(UnlearnRequest, one)
+                assert (row.wrapped_key, row.sealed_texts, row.shred_at) == (None, None, None)
+            assert session.get_one(UnlearnRequest, kept).wrapped_key is not None
+            audit_state.verify(session)
+        copy.dispose()
 
 
 def test_the_worker_takes_no_work_before_it(tmp_path: Path) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app import report
+from app import receipts, report, report_view
+from app.console import words
+from app.errors import ModeMismatch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def rate(name: str, value: float, rows: int | None) -> dict[str, Any]:
@@ -54,3 +62,66 @@ def test_a_deadline_that_was_missed_is_said_so(days: int, said: str) -> None:
     due = datetime(2026, 1, 1, tzinfo=UTC)
     request = {"due_at": due.isoformat(), "active_at": (due + timedelta(days=days, hours=1)).isoformat()}
     assert list(report._deadline(request)) == [f"The deadline, 1 January 2026, 00:00:00 UTC, was missed by {said}."]
+
+
+# --- words for whatever may be stored --------------------------------------------------------------------------------
+
+
+def test_every_figure_and_count_of_a_receipt_has_words() -> None:
+    rates = {name.removesuffix("_before") for name in receipts._RATES}
+    assert {*rates, *report.AREAS} == set(report.FIGURES)
+    assert set(receipts._COUNTS) == set(report_view._COUNTS)
+
+
+def sources(*folders: str) -> Iterator[tuple[Path, ast.Module]]:
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def stored_codes() -> Iterator[tuple[Path, ast.expr, ast.Module]]:
+    """Where a failure gets its code: what ``JobFailed``, its kinds, ``fail`` and ``end_failed`` are called with."""
+    for path, tree in sources("app", "worker"):
+        kinds = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and "JobFailed" in map(ast.unparse, c.bases)]
+        own = [call for kind in kinds for call in ast.walk(kind) if isinstance(call, ast.Call)]
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            if name == "JobFailed" or (name == "__init__" and call in own):
+                yield path, call.args[0], tree
+            elif name in ("end_failed", "fail"):
+                yield from ((path, one.value, tree) for one in call.keywords if one.arg == "code")
+
+
+def test_every_code_that_a_failure_may_have_has_words() -> None:
+    codes, handed_on = {ModeMismatch.code}, set()
+    for path, value, tree in stored_codes():
+        constants = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        value = constants.get(value.id, value) if isinstance(value, ast.Name) else value
+        if isinstance(value, ast.Constant):
+            codes.add(value.value)
+        else:
+            handed_on.add((str(path), ast.unparse(value)))
+    # The last is a ModeMismatch's; the others come from calls that are in sight.
+    assert handed_on == {
+        ("app/lifecycle.py", "code"),
+        ("worker/job.py", "failure.code"),
+        ("worker/job.py", "error.code"),
+    }
+    assert {"expired", "key-destroyed", "internal", "checks-failed", "rejected"} <= codes
+    assert codes == set(report.FAILURES)
+
+
+def test_every_action_and_revocation_has_words() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "app").rglob("*.py")))
+    actions = set(re.findall(r'action="([a-z_.]+)"', text))
+    assert len(actions) > 10 and actions <= set(words.ACTIONS)
+    assert {f"request.{state}" for state in words.EXPLAINED} - {"request.pending"} <= set(words.ACTIONS)
+    assert {"expired", "reconciled", *words.REVOKE_CODES} == set(words.REVOKED_BECAUSE)
+    about_requests = {name for name in words.ACTIONS if name.startswith(("request.", "prompt."))}
+    assert about_requests == set(report.ACTIONS)

@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -180,21 +181,58 @@ def test_every_figure_of_the_receipt_is_shown(filed: Filed) -> None:
     receipt = json.loads(filed.receipt)["receipt"]
     page, pdf = Page(filed.reports["html"]).seen, pdf_text(filed.reports["pdf"]).replace("\N{NO-BREAK SPACE}", " ")
     checks = receipt["checks"]
-    expected = [
-        percent(rate[name]) for rate in checks["rates"] for name in ("rate", "low", "high") if rate["low"] is not None
-    ]
+    areas = [rate for rate in checks["rates"] if rate["name"].removesuffix("_before") in report.AREAS]
+    shares = [rate for rate in checks["rates"] if rate not in areas]
+    expected = [percent(rate[name]) for rate in shares for name in ("rate", "low", "high") if rate["low"] is not None]
+    expected += [f"{area['rate']:.3f} ({area['low']:.3f} to {area['high']:.3f})" for area in areas]
     expected += [str(rate["rows"]) for rate in checks["rates"] if rate["rows"] is not None]
     expected += [json.dumps(value) for values in (checks["counts"], checks["limits"]) for value in values.values()]
     expected += [receipt["prompt"]["digest"], receipt["prompt"]["gate_digest"], receipt["request"]["set_digest"]]
     expected += [receipt["key"]["public_key"], receipt["request"]["asked_by"], receipt["model"]["fingerprint"]]
     expected += [str(entry["seq"]) for entry in receipt["audit"]] + [entry["hash"] for entry in receipt["audit"]]
-    assert len(expected) > 60
+    assert len(expected) > 60 and len(areas) == 2
     for figure in expected:
         assert figure in page
         assert figure.replace(" ", "") in pdf.replace(" ", "")  # a long digest is broken into lines
     for sentence in receipt["meaning"]:
         for said in (page, pdf):  # without spaces, which follow the lines and the code
             assert re.sub("[` ]", "", sentence) in re.sub(r"\s", "", said)
+
+
+def test_an_area_is_no_share(filed: Filed) -> None:
+    """Of the membership attack: in words, never in percent, and in no bar."""
+    body = json.loads(filed.reports["json"])
+    [figure] = [one for one in body["figures"] if one["name"] == "membership_auc"]
+    assert figure["words"].startswith("Area under the curve of a membership attack; 0.5 is guessing")
+    shown = view(body)
+    [row] = [row for row in shown.figures if row.name == "membership_auc"]
+    for cell, area in ((row.before, figure["before"]), (row.after, figure["after"])):
+        assert cell == f"{area['rate']:.3f} ({area['low']:.3f} to {area['high']:.3f})"
+    assert row.rows == "5 of the request, and others" and "%" not in " ".join((row.before, row.after))
+    bars = next(picture for picture in shown.pictures if "Before and after" in picture)
+    assert "right answers" in bars and "ttack" not in bars
+    held_out = copy.deepcopy(body)
+    held_out["receipt"]["receipt"]["checks"]["counts"]["held_out_rows"] = 64
+    [row] = [row for row in view(held_out).figures if row.name == "membership_auc"]
+    assert row.rows == "5 of the request, 64 held out"
+
+
+def test_what_people_read_has_no_raw_names(filed: Filed) -> None:
+    body = json.loads(filed.reports["json"])
+    shown, state = view(body), body["state"]
+    assert (
+        state == "active"
+        and "· In force (active) ·" in shown.subtitle
+        and ("State", "In force (active)") in shown.asked
+    )
+    names = [name for name, _ in shown.asked]
+    assert "In force since" in names and not [name for name in names if name.startswith("Ended")], "said once"
+    for figure in body["figures"]:
+        assert figure["words"] != figure["name"] and figure["short"] != figure["name"]
+    assert not [name for name, _ in shown.counts if "_" in name.partition(":")[0]]
+    page, pdf = Page(filed.reports["html"]).seen, pdf_text(filed.reports["pdf"])
+    for said in (page, pdf):
+        assert said.index("Case or reference") < said.index("Reviewed by"), "to be filled in by hand"
 
 
 def test_a_picture_has_the_losses_of_the_training(filed: Filed) -> None:
@@ -239,8 +277,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Sessions, V
 
 
 def make_report(sessions: Sessions, vault: Vault, request_id: str) -> dict[str, Any]:
-    with sessions.begin() as session:
-        return report.build(session, vault, lifecycle.get_request(session, request_id))
+    return report.build(sessions, vault, request_id)
 
 
 def render_all(document: dict[str, Any]) -> str:
@@ -261,11 +298,31 @@ def test_of_a_cancelled_and_of_a_failed_request(site: tuple[Sessions, Vault]) ->
     said = render_all(found)
     assert "asked to forget 1 text." in said and "It was cancelled before it came into force." in said
     assert "Nothing was measured" in said and "The deadline" not in said and found["figures"] == []
+    assert ("State", "Cancelled (cancelled)") in view(found).asked
+    assert [value for name, value in view(found).asked if name == "Ended"] != []
     found = make_report(sessions, vault, failed)
     said = render_all(found)
     assert "the training did not converge (code: diverged). Nothing is suppressed by it." in said
+    assert ("Failure", "the training did not converge (diverged)") in view(found).asked
     assert "The deadline was" in said and "Quillfeather" not in json.dumps(found)
     assert found["as_of"] == found["history"][-1]["at"] and found["history"][-1]["what"] == "It failed."
+
+
+def test_it_says_since_when_the_deadline_runs(site: tuple[Sessions, Vault]) -> None:
+    sessions, vault = site
+    agreed = terms()
+    earlier = replace(agreed, received_at=agreed.received_at - timedelta(days=3))
+    dated, at_once = (submit(sessions, vault, terms=one) for one in (earlier, agreed))
+    with sessions.begin() as session:
+        for request_id in (dated, at_once):
+            lifecycle.request_cancel(session, request_id, actor="key_1")
+    said = render_all(make_report(sessions, vault, dated))
+    when = report.moment(earlier.received_at.isoformat())
+    assert f"The person's request was received on {when}; the deadline is counted from then." in said
+    document = make_report(sessions, vault, dated)
+    assert ("Received from the person", when) in view(document).asked
+    assert when.replace(" ", "") in pdf_text(report_pdf.render(document)).replace(" ", "")
+    assert "the deadline is counted" not in " ".join(make_report(sessions, vault, at_once)["summary"])
 
 
 def test_of_an_active_a_suspended_and_a_revoked_request(site: tuple[Sessions, Vault]) -> None:

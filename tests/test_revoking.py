@@ -15,10 +15,10 @@ from floor import activate, must_take, submit
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, revoking
+from app import active_set, audit, keys, revoking
 from app.errors import Conflict
 from app.settings import Mode
-from app.tables import AuditEntry
+from app.tables import ApiKey, AuditEntry, utcnow
 from app.vault import Vault
 
 Sessions = sessionmaker[Session]
@@ -110,6 +110,26 @@ def test_an_ask_is_taken_back(two: Api) -> None:
     assert revoke(two, second, prompt_id).status_code == 202, "as if nobody had asked"
     assert revoke(two, first, prompt_id).status_code == 200
     assert_problem(two.client.post(path, headers=first), 409, "conflict")
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired"])
+def test_an_ask_counts_as_long_as_its_key(two: Api, end: str) -> None:
+    stolen, second, third = (two.key("admin") for _ in range(3))
+    prompt_id = add_prompt(two.service, soft_prompt(1))
+    asked_by = revoke(two, stolen, prompt_id, code="harm").json()["revoke_asked_by"]
+    with two.service.sessions.begin() as session:
+        if end == "revoked":
+            keys.revoke_key(session, asked_by, actor="test")
+        else:
+            session.get_one(ApiKey, asked_by).expires_at = utcnow()
+    again = revoke(two, second, prompt_id, code="mistake")
+    assert (again.status_code, again.json()["state"], again.json()["revoke_code"]) == (202, "active", "mistake")
+    assert again.json()["revoke_asked_by"] not in (None, asked_by)
+    assert_problem(revoke(two, second, prompt_id), 409, "conflict")
+    assert revoke(two, third, prompt_id).status_code == 200
+    told = entries(two, prompt_id)
+    assert [action for action, _ in told] == ["prompt.revoke_asked", "prompt.revoke_asked", "prompt.revoked"]
+    assert told[-1][1]["asked_by"] == again.json()["revoke_asked_by"]
 
 
 def test_a_restore_is_no_way_around(two: Api) -> None:

@@ -79,7 +79,7 @@ class World:
         max_retain_rows: int = 100,
         unseen: float | None = 0.5,
     ) -> RoutedReport:
-        fit = GateFit(route.gate, 0.75, unseen, None if unseen is None else 0.25)
+        fit = GateFit(route.gate, 0.75, unseen, None if unseen is None else 0.25, 0 if unseen is None else 4)
         return check_routes(
             self.classifier,
             self.routes(*others),
@@ -113,6 +113,7 @@ def test_figures_by_hand(world: World) -> None:
     report = world.check(Route(world.always, world.gate(0, 2)))
     assert (report.forget_abstain, report.forget_abstain_before) == (0.5, 0.0)
     assert (report.gate_recall, report.unseen_claimed, report.unseen_certain) == (0.75, 0.5, 0.25), "as the fit says"
+    assert report.unseen_rows == 4
     assert report.prompt_abstain == 1.0, "whatever the gate claims"
     assert (report.false_claim_rate, report.false_abstain_rate, report.total_claim_rate) == (0.1, 0.1, 0.1)
     assert (report.check_rows, report.retain_rows) == (10, 10)
@@ -274,7 +275,7 @@ def test_empty_sides_and_long_texts_are_refused(world: World) -> None:
         world.check(route, rows=[])
     with pytest.raises(TextTooLong):
         world.check(route, rows=[Example("good " * 600, "positive"), *world.rows[1:]])
-    fit = GateFit(route.gate, 0, None, None)
+    fit = GateFit(route.gate, 0, None, None, 0)
     with pytest.raises(DatasetError):
         check_routes(
             world.classifier,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 import os
 import stat
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.row_cache import RowCache
+from models.row_cache import CacheFolder, RowCache
 
 WIDTH = 3
 
@@ -29,8 +31,14 @@ class Computed:
         return torch.tensor([[len(t), ord(t[0]), 0.1] for t in texts])
 
 
+def _cache(texts: list[str], file: Path | None, key: bytes = b"key") -> RowCache:
+    if file is None:
+        return RowCache(texts, WIDTH, None, "none")
+    return RowCache(texts, WIDTH, CacheFolder(file.parent, key), file.stem)
+
+
 def _filled(texts: list[str], file: Path | None) -> RowCache:
-    cache = RowCache(texts, WIDTH, file)
+    cache = _cache(texts, file)
     cache.rows(range(len(texts)), Computed())
     cache.save()
     return cache
@@ -39,14 +47,14 @@ def _filled(texts: list[str], file: Path | None) -> RowCache:
 def _asked(texts: list[str], file: Path | None) -> list[str]:
     """The texts that a new cache on ``file`` does not know; all its vectors must be right."""
     computed = Computed()
-    found = RowCache(texts, WIDTH, file).rows(range(len(texts)), computed)
+    found = _cache(texts, file).rows(range(len(texts)), computed)
     assert torch.equal(found, Computed()(texts))
     return computed.texts
 
 
 def test_only_what_is_missing_is_computed_and_each_text_once() -> None:
     texts, computed = ["a", "bb", "a", "ccc"], Computed()
-    cache = RowCache(texts, WIDTH, None)
+    cache = _cache(texts, None)
     assert cache.rows([], computed).shape == (0, WIDTH)
     found = cache.rows([2, 1, 0], computed)
     assert computed.texts == ["a", "bb"], "equal texts share a place"
@@ -64,7 +72,7 @@ def test_what_is_given_out_is_a_copy() -> None:
 @given(st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=12), st.data())
 def test_any_order_of_asking_gives_the_texts_own_vectors(texts: list[str], data: st.DataObject) -> None:
     texts = [t for t in texts if t.isprintable()] or ["a"]
-    cache, computed = RowCache(texts, WIDTH, None), Computed()
+    cache, computed = _cache(texts, None), Computed()
     for _ in range(3):
         indices = data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=6))
         if indices:
@@ -81,8 +89,8 @@ def test_a_file_serves_a_set_in_another_order_and_with_other_rows(tmp_path: Path
 def test_a_row_that_is_gone_is_gone_from_the_file_with_the_next_save(tmp_path: Path) -> None:
     file = tmp_path / "gate-m.npz"
     _filled(["a", "bb", "ccc"], file)
-    RowCache(["a", "ccc"], WIDTH, file).save()  # nothing was computed, and yet there is something to save
-    assert np.load(file)["keys"].shape == (2, 16)
+    _cache(["a", "ccc"], file).save()  # nothing was computed, and yet there is something to save
+    assert np.load(file)["names"].shape == (2, 16)
     assert _asked(["a", "bb", "ccc"], file) == ["bb"]
 
 
@@ -96,7 +104,7 @@ def test_without_news_the_file_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_was_not_computed_is_not_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "gate-m.npz"
-    cache = RowCache(["a", "bb", "ccc"], WIDTH, file)
+    cache = _cache(["a", "bb", "ccc"], file)
     cache.rows([1], Computed())
     cache.save()
     assert _asked(["a", "bb", "ccc"], file) == ["a", "ccc"]
@@ -119,6 +127,31 @@ def test_no_text_is_in_the_file(tmp_path: Path) -> None:
     assert b"MARKER" not in file.read_bytes()
 
 
+def test_nobody_without_the_key_can_try_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "gate-m.npz"
+    texts = ["MARKER-of-a-person", "a"]
+    _filled(texts, file)
+    data = file.read_bytes()
+    for text in texts:
+        guesses = (digest(text.encode()).digest() for digest in (hashlib.sha256, hashlib.sha1, hashlib.md5))
+        assert not any(guess[:8] in data for guess in guesses)
+        assert hmac.digest(b"another", text.encode(), "sha256")[:8] not in data
+        assert hmac.digest(b"key", text.encode(), "sha256")[:16] in data, "and with it, it is found"
+    assert "key" not in repr(CacheFolder(tmp_path, b"key"))
+
+
+def test_names_of_another_key_leave_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "gate-m.npz"
+    _filled(["a", "bb"], file)
+    other = _cache(["a", "bb"], file, key=b"another")
+    computed = Computed()
+    other.rows([0], computed)
+    assert computed.texts == ["a"], "what it does not know it computes"
+    other.save()
+    with np.load(file) as stored:
+        assert [name.tobytes() for name in stored["names"]] == [hmac.digest(b"another", b"a", "sha256")[:16]]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -126,11 +159,11 @@ def test_no_text_is_in_the_file(tmp_path: Path) -> None:
         b"not an archive",
         b"\x80\x04N.",  # a pickle
         "half",
-        {"keys": np.zeros((2, 16), np.uint8)},
-        {"keys": np.zeros((2, 8), np.uint8), "vectors": np.zeros((2, WIDTH), np.float32)},
-        {"keys": np.zeros((3, 16), np.uint8), "vectors": np.zeros((2, WIDTH), np.float32)},
-        {"keys": np.zeros((2, 16), np.uint8), "vectors": np.zeros((2, WIDTH + 1), np.float32)},
-        {"keys": np.zeros((2, 16), np.uint8), "vectors": np.float32(1)},
+        {"names": np.zeros((2, 16), np.uint8)},
+        {"names": np.zeros((2, 8), np.uint8), "vectors": np.zeros((2, WIDTH), np.float32)},
+        {"names": np.zeros((3, 16), np.uint8), "vectors": np.zeros((2, WIDTH), np.float32)},
+        {"names": np.zeros((2, 16), np.uint8), "vectors": np.zeros((2, WIDTH + 1), np.float32)},
+        {"names": np.zeros((2, 16), np.uint8), "vectors": np.float32(1)},
         np.zeros((2, WIDTH), np.float32),
     ],
     ids=["empty", "text", "pickle", "half", "no-vectors", "short-keys", "rows", "width", "scalar", "npy"],
@@ -193,7 +226,7 @@ def test_without_its_folder_a_cache_is_kept_in_memory(tmp_path: Path, caplog: py
 
 def test_a_folder_that_goes_away_costs_the_file_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "folder"
-    cache = RowCache(["a"], WIDTH, folder / "gate-m.npz")
+    cache = _cache(["a"], folder / "gate-m.npz")
     folder.rmdir()
     with caplog.at_level(logging.WARNING, "letheon.models"):
         cache.rows([0], Computed())
@@ -204,7 +237,7 @@ def test_a_folder_that_goes_away_costs_the_file_only(tmp_path: Path, caplog: pyt
 
 def test_of_two_writers_the_last_ones_file_stays_whole(tmp_path: Path) -> None:
     file = tmp_path / "gate-m.npz"
-    one, two = (RowCache(["a", "bb", "ccc"], WIDTH, file) for _ in range(2))
+    one, two = (_cache(["a", "bb", "ccc"], file) for _ in range(2))
     one.rows([0, 1], Computed())
     two.rows([2], Computed())
     one.save()

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import active_set, audit, db, job_queue, lifecycle, set_history
+from app import active_set, audit, audit_state, db, job_queue, lifecycle, set_history
 from app.active_set import ActiveSetView, TrainedGate, set_digest
 from app.errors import Conflict, NotFound, NotReady, VaultError
 from app.lifecycle import ForgetText
+from app.sealing import seal_prompt
 from app.settings import Mode
 from app.tables import ActiveSet, ActiveSetMember, ActiveSetVersion, AuditEntry, Prompt, UnlearnRequest
 from app.vault import Vault
@@ -298,12 +299,11 @@ class History:
             claim = job_queue.claim(session, request.id, owner="w1", lease_seconds=60, max_attempts=3)
             assert claim is not None
             lifecycle.start_evaluating(session, claim)
+            sealed = seal_prompt(self.vault, self.vault.new_key(), prompt=data, digest=hashlib.sha256(data).hexdigest())
             prompt = active_set.activate(
                 session,
-                self.vault,
                 claim,
-                prompt=data,
-                digest=hashlib.sha256(data).hexdigest(),
+                sealed,
                 fingerprint=FINGERPRINT,
                 num_virtual_tokens=1,
                 hidden_size=1,
@@ -351,7 +351,7 @@ class History:
                 assert [prompt.id for prompt in members] == wanted
                 row = set_history.get_version(session, version)
                 assert (row.size, row.digest) == (len(wanted), set_digest(prompt.digest for prompt in members))
-            audit.verify(session)
+            audit_state.verify(session)
 
 
 @pytest.mark.parametrize("kind", database_kinds())

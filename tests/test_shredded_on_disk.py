@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +19,23 @@ from databases import migrated_database
 from floor import SECRET, activate, must_take, state, submit
 from sqlalchemy import Engine, event, select
 from sqlalchemy.orm import Session, sessionmaker
+from worker_kit import ROOT
 
 from app import active_set, db, job_queue, lifecycle
 from app.active_set import TrainedGate
 from app.lifecycle import Claim
 from app.tables import Checkpoint, Prompt
 from app.vault import Vault
+from worker import chores
 
 Sessions = sessionmaker[Session]
+KILLED = """
+import os, signal
+from app import active_set, db
+db._empty_log = lambda session, engine: os.kill(os.getpid(), signal.SIGKILL)  # its commit is on disk
+with db.make_sessions(db.make_engine({url!r})).begin() as session:
+    active_set.revoke_prompt(session, {prompt!r}, actor="key_1", reason=None)
+"""
 PROMPT, GATE = bytes(range(256)) * 40, b"gate" * 3000  # sealed, each of them fills several pages
 TEXTS = [f"{SECRET} {number} {'very ' * 200}" for number in range(10)]
 
@@ -195,6 +206,39 @@ def test_a_reader_in_the_way_holds_no_revoke_up(
         pooled = [stack.enter_context(engine.connect()) for _ in range(4)]
         waits = [connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() for connection in pooled]
     assert waits == [int(1000 * db.BUSY_SECONDS)] * 4
+
+
+def test_the_reaper_empties_the_log_once_the_reader_is_gone(
+    sessions: Sessions, vault: Vault, path: Path, checkpoints: list[str]
+) -> None:
+    """Such as a verification of the whole log, which reads as of one moment. Nothing else is ever shredded."""
+    gone = put(sessions, vault)
+    values = sealed(sessions, gone)
+    with sessions() as session, db.snapshot(session) as still:
+        still.scalars(select(Prompt.state)).all()
+        revoke(sessions, gone)
+        checkpoints.clear()
+        chores.shred_due(sessions, vault)
+        assert left(path, values) == set(values), "or this reader was not in the way"
+        assert checkpoints == ["PRAGMA wal_checkpoint(PASSIVE)"], "one that waits for readers has writers wait"
+    chores.shred_due(sessions, vault)
+    assert left(path, values) == set()
+    checkpoints.clear()
+    chores.shred_due(sessions, vault)
+    assert checkpoints == [], "there is nothing in it"
+
+
+def test_the_reaper_empties_the_log_that_a_killed_process_left(sessions: Sessions, vault: Vault, path: Path) -> None:
+    gone = put(sessions, vault)
+    values = sealed(sessions, gone)
+    script = KILLED.format(url=f"sqlite:///{path}", prompt=gone)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with sessions() as session:
+        assert active_set.get_prompt(session, gone).state == "revoked"
+    assert left(path, values) == set(values)
+    chores.shred_due(sessions, vault)
+    assert left(path, values) == set()
 
 
 def test_many_at_once_leave_nothing(sessions: Sessions, vault: Vault, path: Path) -> None:

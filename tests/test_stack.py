@@ -183,6 +183,20 @@ def test_an_altered_row_is_not_served(api: Api, column: str) -> None:
     assert_problem(response, 503, "not-ready")
 
 
+@pytest.mark.parametrize("column", ["num_virtual_tokens", "hidden_size"])
+def test_a_prompt_of_another_shape_than_its_record_says_is_not_served(api: Api, column: str) -> None:
+    prompt_id = add_prompt(api.service, soft_prompt(1), make_gate("one"))
+    with api.service.sessions() as session:
+        said = getattr(active_set.get_prompt(session, prompt_id), column)
+    alter(api, prompt_id, **{column: said + 1})
+    with pytest.raises(NotReady, match=f"{prompt_id} cannot be loaded .InvalidPrompt"):
+        read(api, reader(api))
+    headers = api.key()
+    assert_problem(api.client.post("/classify", json={"text": subject()}, headers=headers), 503, "not-ready")
+    alter(api, prompt_id, **{column: said})
+    assert api.client.post("/classify", json={"text": subject()}, headers=headers).status_code == 200
+
+
 def test_an_altered_gate_space_is_not_served(api: Api) -> None:
     add_prompt(api.service, soft_prompt(1), make_gate("one"))
     known = reader(api)

@@ -20,6 +20,7 @@ from models.llm import FrozenLLM
 from models.losses import retain_kl
 from models.parametrization import ResidualEncoder, distinctive_tokens, initial_prompt
 from models.prefix_cache import compute_prefix, last_hidden
+from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt
 from models.teacher import Teacher
 from models.training import (
@@ -41,6 +42,10 @@ CONFIG = TrainingConfig(num_virtual_tokens=6, max_steps=12, learning_rate=0.05, 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLLM:
     return FrozenLLM.load(str(make_tiny_model(tmp_path_factory.mktemp("m"))), quantization="none", device="cpu")
+
+
+def kept(folder: Path) -> CacheFolder:
+    return CacheFolder(folder, b"key")
 
 
 def started(llm: FrozenLLM, batches: _Batches, config: TrainingConfig) -> torch.Tensor:
@@ -112,11 +117,11 @@ def test_a_cancelled_run_resumes_to_the_same_prompt(llm: FrozenLLM, tmp_path: Pa
         on_progress=lambda p: steps.append(p.step),
         should_stop=lambda: len(steps) >= 5,
         on_checkpoint=lambda step, data: saved.append((step, data)),
-        teacher_dir=tmp_path,  # its states are part of what a resumed run continues from, to the last bit
+        cache=kept(tmp_path),  # its states are part of what a resumed run continues from, to the last bit
     )
     assert partial.stopped == "cancelled"
     assert saved[-1][0] == 5
-    resumed = train_soft_prompt(llm, FORGET, RETAIN, CONFIG, resume=saved[-1][1], teacher_dir=tmp_path)
+    resumed = train_soft_prompt(llm, FORGET, RETAIN, CONFIG, resume=saved[-1][1], cache=kept(tmp_path))
     assert (resumed.resumed_from, resumed.steps) == (5, 12)
     assert resumed.prompt.digest == whole.prompt.digest
 
@@ -130,7 +135,7 @@ def test_a_run_that_learned_too_little_doubles_its_schedule_and_resumes_there(ll
         FORGET,
         RETAIN,
         hard,
-        teacher_dir=tmp_path,
+        cache=kept(tmp_path),
         on_progress=lambda p: totals.append(p.total_steps),
         on_checkpoint=lambda step, data: saved.update({step: data}),
         checkpoint_seconds=0,
@@ -138,7 +143,7 @@ def test_a_run_that_learned_too_little_doubles_its_schedule_and_resumes_there(ll
     assert (whole.steps, whole.stopped) == (16, "max_steps")
     assert totals == [4] * 3 + [8] * 4 + [16] * 9, "step 4 says that there are four more, step 8 that there are eight"
     for step in (3, 4, 6, 8):  # 4 and 8: just doubled
-        resumed = train_soft_prompt(llm, FORGET, RETAIN, hard, resume=saved[step], teacher_dir=tmp_path)
+        resumed = train_soft_prompt(llm, FORGET, RETAIN, hard, resume=saved[step], cache=kept(tmp_path))
         assert (resumed.resumed_from, resumed.steps, resumed.prompt.digest) == (step, 16, whole.prompt.digest)
     for enough in (replace(hard, least_abstain=0.0), replace(hard, max_doublings=0), replace(hard, max_steps=4)):
         assert train_soft_prompt(llm, FORGET, RETAIN, enough).steps == 4
@@ -155,16 +160,16 @@ def test_an_encoder_begins_as_nothing_is_trained_and_leaves_a_plain_prompt(llm: 
         FORGET,
         RETAIN,
         config,
-        teacher_dir=tmp_path,
+        cache=kept(tmp_path),
         on_checkpoint=lambda step, data: saved.update({step: data}),
         checkpoint_seconds=0,
     )
     assert whole.prompt.embeddings.shape == (CONFIG.num_virtual_tokens, llm.hidden_size)
-    resumed = train_soft_prompt(llm, FORGET, RETAIN, config, resume=saved[3], teacher_dir=tmp_path)
+    resumed = train_soft_prompt(llm, FORGET, RETAIN, config, resume=saved[3], cache=kept(tmp_path))
     assert (resumed.resumed_from, resumed.prompt.digest) == (3, whole.prompt.digest)
     unclipped = replace(config, max_grad_norm=1e9)  # its gradients count in the norm that is clipped
     still, alone, moving = (
-        train_soft_prompt(llm, FORGET, RETAIN, one, teacher_dir=tmp_path).prompt.embeddings
+        train_soft_prompt(llm, FORGET, RETAIN, one, cache=kept(tmp_path)).prompt.embeddings
         for one in (
             replace(unclipped, encoder_learning_rate=0.0),
             replace(unclipped, encoder_hidden_size=None),
@@ -270,13 +275,13 @@ def test_a_row_that_only_the_template_head_pushes_over_the_limit_is_refused(llm:
 
 
 def test_a_damaged_teacher_file_is_made_anew(llm: FrozenLLM, tmp_path: Path) -> None:
-    teacher = Teacher(llm, RETAIN, tmp_path)
+    teacher = Teacher(llm, RETAIN, kept(tmp_path))
     wanted = teacher.hidden([1])
     teacher.save()
     (file,) = tmp_path.glob("*.npz")
     assert file.stat().st_mode & 0o077 == 0
     file.write_bytes(file.read_bytes()[:100])
-    again = Teacher(llm, RETAIN, tmp_path)
+    again = Teacher(llm, RETAIN, kept(tmp_path))
     assert not again._cache._known.any()
     torch.testing.assert_close(again.hidden([1]), wanted)
 
@@ -291,23 +296,23 @@ def test_training_behind_a_stack_depends_on_it_and_leaves_it_alone(llm: FrozenLL
 
 
 def test_teacher_is_the_unprompted_model_kept_on_disk(llm: FrozenLLM, tmp_path: Path) -> None:
-    teacher = Teacher(llm, RETAIN, tmp_path)
+    teacher = Teacher(llm, RETAIN, kept(tmp_path))
     wanted = Classifier(llm).hidden([RETAIN[i].text for i in (3, 0, 3)])
     torch.testing.assert_close(teacher.hidden([3, 0, 3]), wanted, rtol=1e-4, atol=1e-5)
     teacher.save()
-    again = Teacher(llm, RETAIN, tmp_path)
+    again = Teacher(llm, RETAIN, kept(tmp_path))
     assert again._cache._known.sum() == 2
     assert torch.equal(again.hidden([0, 3]), teacher.hidden([0, 3]))
 
 
 def test_an_empty_teacher_file_or_no_folder_for_it_costs_only_time(llm: FrozenLLM, tmp_path: Path) -> None:
-    teacher = Teacher(llm, RETAIN, tmp_path)
+    teacher = Teacher(llm, RETAIN, kept(tmp_path))
     wanted = teacher.hidden([1])
     teacher.save()
     (file,) = tmp_path.glob("*.npz")
     file.write_bytes(b"")
-    assert torch.equal(Teacher(llm, RETAIN, tmp_path).hidden([1]), wanted)
-    unusable = Teacher(llm, RETAIN, file / "teacher")  # below a file
+    assert torch.equal(Teacher(llm, RETAIN, kept(tmp_path)).hidden([1]), wanted)
+    unusable = Teacher(llm, RETAIN, kept(file / "teacher"))  # below a file
     assert torch.equal(unusable.hidden([1]), wanted)
     unusable.save()
 
@@ -315,13 +320,13 @@ def test_an_empty_teacher_file_or_no_folder_for_it_costs_only_time(llm: FrozenLL
 def test_equal_rows_share_a_state_and_other_models_files_go(llm: FrozenLLM, tmp_path: Path) -> None:
     (tmp_path / "teacher-of-another-model.npz").write_bytes(b"x")
     twice = [RETAIN[0], RETAIN[1], RETAIN[0]]
-    teacher = Teacher(llm, twice, tmp_path)
+    teacher = Teacher(llm, twice, kept(tmp_path))
     assert torch.equal(*teacher.hidden([0, 2]))
     teacher.save()
     (file,) = tmp_path.glob("*.npz")
     with np.load(file) as stored:
-        assert len(stored["keys"]) == 1
-    again = Teacher(llm, twice, tmp_path)
+        assert len(stored["names"]) == 1
+    again = Teacher(llm, twice, kept(tmp_path))
     assert not again._cache._dirty, "nothing has left the retain set"
 
 
@@ -338,17 +343,17 @@ def test_one_retain_row_a_step_and_no_distinctive_word(llm: FrozenLLM) -> None:
 
 
 def test_a_row_that_left_the_retain_set_leaves_the_teachers_file(llm: FrozenLLM, tmp_path: Path) -> None:
-    teacher = Teacher(llm, RETAIN, tmp_path)
+    teacher = Teacher(llm, RETAIN, kept(tmp_path))
     wanted = teacher.hidden([0, 3])
     teacher.save()
-    less = Teacher(llm, RETAIN[1:], tmp_path)
+    less = Teacher(llm, RETAIN[1:], kept(tmp_path))
     assert less._cache._known.nonzero()[0].tolist() == [2], "row 3 has moved up by one; row 0 has left"
     assert torch.equal(less.hidden([2])[0], wanted[1])
     less.save()
     (file,) = tmp_path.glob("*.npz")
     with np.load(file) as stored:
-        assert len(stored["keys"]) == len(stored["vectors"]) == 1
-    assert Teacher(llm, RETAIN, tmp_path)._cache._known.nonzero()[0].tolist() == [3]
+        assert len(stored["names"]) == len(stored["vectors"]) == 1
+    assert Teacher(llm, RETAIN, kept(tmp_path))._cache._known.nonzero()[0].tolist() == [3]
 
 
 def test_unlabelled_retain_rows_use_the_models_own_answer(llm: FrozenLLM) -> None:

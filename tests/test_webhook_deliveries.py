@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -10,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -522,3 +525,34 @@ def test_the_receiver_of_the_documentation_tells_good_from_bad(sessions: Session
     for arguments in [*bad, (secret, old, first.body)]:
         with pytest.raises(ValueError, match="webhook"):
             verify(*arguments)
+
+
+def test_the_receiver_of_the_how_to_takes_messages_and_pings(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "how-to" / "webhooks.md").read_text(encoding="utf-8")
+    [block] = re.findall(r" ```python\n(.*?) ```", text, flags=re.DOTALL)
+    last = 'HTTPServer(("127.0.0.1", 9000), Receiver).serve_forever()'
+    code = textwrap.dedent(block)
+    assert last in code
+    scope: dict[str, Any] = {}
+    exec(code.replace(last, 'server = HTTPServer(("127.0.0.1", 0), Receiver)'), scope)
+    secret = "whsec_" + "A" * 44
+    monkeypatch.setenv("HOOK_SECRET", secret)
+    message = {"type": "request.active", "timestamp": "…", "data": {"request_id": "req_1", "sequence": 7}}
+    ping = {"type": "ping", "timestamp": "…", "data": {"webhook_id": "whk_1"}}
+    thread = threading.Thread(target=scope["server"].serve_forever, daemon=True)
+    thread.start()
+    try:
+        for said, signed_by, status in ((message, secret, 204), (ping, secret, 204), (ping, "whsec_" + "B" * 44, 400)):
+            body = json.dumps(said).encode()
+            headers = webhooks.sign(signed_by, "dlv_1", int(time.time()), body)
+            connection = http.client.HTTPConnection(*scope["server"].server_address)
+            connection.request("POST", "/letheon", body, headers)
+            assert connection.getresponse().status == status
+            connection.close()
+    finally:
+        scope["server"].shutdown()
+        scope["server"].server_close()
+        thread.join()
+    assert "dlv_1 request.active req_1 7\ndlv_1 ping None None\n" in capfd.readouterr().out

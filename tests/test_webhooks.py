@@ -15,7 +15,7 @@ from floor import activate, await_approval, must_take, terms
 from floor import submit as floor_submit
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
-from webhook_kit import add_key, add_webhook, deliveries, make_due, submit, webhook
+from webhook_kit import add_key, add_webhook, deliveries, make_due, sent_long_ago, submit, webhook
 
 from app import active_set, audit, db, keys, lifecycle, webhook_queue, webhooks
 from app.errors import Conflict, Forbidden, InvalidInput, NotFound, VaultError
@@ -287,6 +287,7 @@ def test_redelivery_is_one_more_attempt_under_the_same_id(sessions: Sessions, va
         webhooks.redeliver(session, hook, due.id, of=key)
     assert record(sessions, due, Outcome(DeliveryError.CONNECT), attempts=1)
     for outcome, state in ((Outcome(DeliveryError.CONNECT), "failed"), (Outcome(status=200), "delivered")):
+        sent_long_ago(sessions)
         with sessions.begin() as session:
             assert webhooks.redeliver(session, hook, due.id, of=None).state == "pending"
         [again] = claim(sessions, max_attempts=1)
@@ -298,6 +299,74 @@ def test_redelivery_is_one_more_attempt_under_the_same_id(sessions: Sessions, va
     elsewhere, _ = add_webhook(sessions, vault, key, URL)
     with pytest.raises(NotFound), sessions.begin() as session:
         webhooks.redeliver(session, elsewhere, due.id, of=key)
+
+
+def test_redelivery_cannot_be_used_to_hammer(sessions: Sessions, vault: Vault) -> None:
+    key = add_key(sessions)
+    hook, _ = add_webhook(sessions, vault, key, URL)
+    submit(sessions, vault, key)
+    [waits] = deliveries(sessions)
+    for _ in range(2):  # what was never sent goes once, however often it is asked for
+        with sessions.begin() as session:
+            webhooks.redeliver(session, hook, waits.id, of=key)
+    for outcome in (Outcome(DeliveryError.CONNECT), Outcome(status=200)):
+        [due] = claim(sessions)
+        assert record(sessions, due, outcome)
+        with pytest.raises(Conflict, match="a moment ago") as refused, sessions.begin() as session:
+            webhooks.redeliver(session, hook, due.id, of=key)
+        assert 1 <= refused.value.extra["retry_after"] <= PAUSES[0]
+        sent_long_ago(sessions)
+        with sessions.begin() as session:
+            assert webhooks.redeliver(session, hook, due.id, of=key).state == "pending"
+
+
+def test_a_log_of_many_messages_is_no_way_to_hammer(sessions: Sessions, vault: Vault) -> None:
+    key = add_key(sessions)
+    hook, _ = add_webhook(sessions, vault, key, URL)
+    elsewhere, _ = add_webhook(sessions, vault, key, URL + "/other")
+    for _ in range(3):
+        submit(sessions, vault, key)
+    for _ in range(3):
+        for due in claim(sessions):
+            assert record(sessions, due, Outcome(status=200))
+    of_hook, of_other = ([row.id for row in deliveries(sessions, name)] for name in (hook, elsewhere))
+    assert (len(of_hook), len(of_other)) == (3, 3)
+
+    def again(webhook_id: str, delivery_id: str) -> str:
+        with sessions.begin() as session:
+            return webhooks.redeliver(session, webhook_id, delivery_id, of=key).state
+
+    def refused(delivery_id: str, match: str) -> None:
+        with pytest.raises(Conflict, match=match) as error:
+            again(hook, delivery_id)
+        assert 1 <= error.value.extra["retry_after"] <= PAUSES[0]
+
+    sent_long_ago(sessions)
+    assert again(hook, of_hook[0]) == again(hook, of_hook[0]) == again(elsewhere, of_other[0]) == "pending"
+    refused(of_hook[1], "another message of the webhook is due")
+    for due in claim(sessions):
+        assert record(sessions, due, Outcome(status=200))
+    refused(of_hook[1], "a moment ago")
+    sent_long_ago(sessions)
+    assert again(hook, of_hook[1]) == "pending"
+
+
+def test_a_worker_whose_clock_is_ahead_holds_no_redelivery_up(sessions: Sessions, vault: Vault) -> None:
+    key = add_key(sessions)
+    hook, _ = add_webhook(sessions, vault, key, URL)
+    submit(sessions, vault, key)
+    [due] = claim(sessions)
+    assert record(sessions, due, Outcome(status=200))
+    for ahead, waits in ((PAUSES[0] / 2, True), (3600.0, False)):
+        with sessions.begin() as session:
+            session.execute(update(WebhookDelivery).values(sent_at=utcnow() + timedelta(seconds=ahead)))
+        if waits:
+            with pytest.raises(Conflict, match="a moment ago") as refused, sessions.begin() as session:
+                webhooks.redeliver(session, hook, due.id, of=key)
+            assert refused.value.extra["retry_after"] == PAUSES[0], "told no longer than a pause"
+        else:
+            with sessions.begin() as session:
+                assert webhooks.redeliver(session, hook, due.id, of=key).state == "pending"
 
 
 def test_a_ping_tells_of_nothing_and_cannot_be_used_to_hammer(sessions: Sessions, vault: Vault) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import torch
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
@@ -37,6 +39,7 @@ from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from models.training import planned_steps
 from worker.context import Context
+from worker.failures import DeviceLost
 from worker.job import Job
 from worker.routed import surroundings
 from worker.tasks import run_job
@@ -143,8 +146,12 @@ def test_a_request_is_trained_checked_and_activated(
     context: Context, mode: Mode, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    bare = context.settings.home / "teacher" / "gate-of-an-older-version.npz"  # its rows had plain digests for names
+    bare.parent.mkdir(parents=True)
+    bare.write_bytes(b"x")
     request_id = submit(context)
     run_job(context, request_id)
+    assert not bare.parent.exists()
 
     row = request(context, request_id)
     assert row.state == "active" and row.attempt == 1 and row.wrapped_key is None
@@ -161,7 +168,7 @@ def test_a_request_is_trained_checked_and_activated(
     assert steps[0]["step"] == 1 and steps[-2]["step"] == 6  # the first and the last, however fast it went
     assert (steps[-2]["phase"], steps[-1]["phase"]) == ("training", "evaluating")
     # What is kept for the next request: the rows that every request of this mode reads, and no others.
-    kept = {file.name.partition("-")[0] for file in (context.settings.home / "teacher").iterdir()}
+    kept = {file.name.partition("-")[0] for file in (context.settings.home / "rows").iterdir()}
     assert kept == ({"gate"} if mode == Mode.ROUTED else {"teacher"})
     assert MARKER not in caplog.text and request_id in caplog.text
     assert view.version > 0
@@ -289,6 +296,40 @@ def test_a_training_that_diverges_fails(context: Context) -> None:
     request_id = submit(context, alpha=1e39)
     run_job(context, request_id)
     assert_failed(context, request_id, "diverged")
+
+
+@pytest.mark.parametrize("check_every", [1, 1_000_000])
+def test_a_prompt_behind_which_nothing_is_finite_fails_at_once(
+    context: Context, llm: FrozenLLM, check_every: int
+) -> None:
+    """In a look at how far the training is, or in the checks after it. It would be so again: no other attempt."""
+    steps = 0
+
+    def spoil(module: object, args: object, out: Any) -> Any:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+        return out if torch.is_grad_enabled() or steps < min(check_every, 6) else out * math.nan
+
+    request_id = submit(context, check_every=check_every)
+    with llm.decoder.norm.register_forward_hook(spoil):
+        run_job(context, request_id)
+    assert_failed(context, request_id, "diverged")
+    assert request(context, request_id).attempt == 1
+
+
+def test_a_device_that_is_lost_ends_the_worker_and_costs_no_attempt(context: Context, llm: FrozenLLM) -> None:
+    """Each request that waits would use up its attempts in the same process."""
+
+    def lost(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    request_id = submit(context)
+    with llm.decoder.norm.register_forward_pre_hook(lost), pytest.raises(DeviceLost):
+        run_job(context, request_id)
+    waiting = request(context, request_id)
+    assert (waiting.state, waiting.attempt) == ("pending", 0)
+    run_job(context, request_id)
+    assert request(context, request_id).state == "active"
 
 
 def test_a_text_that_does_not_fit_fails_without_quoting_it(context: Context) -> None:
@@ -708,11 +749,16 @@ def test_of_workers_that_make_the_gate_space_at_once_one_wins(context: Context) 
             found = job.commit(work)
             if not made:  # just looked, found nothing: now the other worker makes it
                 assert found is None
-                theirs = changed(context, home=context.settings.home / "other").settings
-                made.append(surroundings(context.llm, theirs, job.commit, forget, context.retain[:30], context.retain))
+                theirs = changed(context, home=context.settings.home / "other")
+                fewer = context.retain[:30]
+                made.append(
+                    surroundings(context.llm, theirs.settings, job.commit, forget, fewer, context.retain, theirs.cache)
+                )
             return found
 
-        ours = surroundings(context.llm, context.settings, overtaken, forget, context.retain, context.retain)
+        ours = surroundings(
+            context.llm, context.settings, overtaken, forget, context.retain, context.retain, context.cache
+        )
     own = GateRows(context.llm, context.retain, context.settings.gate_rows).fit_space()
     assert ours.space.digest == made[0].space.digest != own.digest
     with context.sessions() as session:

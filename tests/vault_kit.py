@@ -6,7 +6,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -96,25 +96,40 @@ def on_disk(keystore: KeyStore) -> bytes:
 
 
 @contextmanager
+def _closed(keystore: KeyStore) -> Iterator[None]:
+    """For the length of the block no thread opens it: one that did between two renames would hold a file that is no
+    longer there, or make a new one, and be answered by that for good."""
+    with keystore._lock:
+        if keystore._opened is not None:
+            keystore._opened.dispose()
+            keystore._opened = None
+        yield
+
+
+@contextmanager
 def away(keystore: KeyStore) -> Iterator[None]:
     """For the length of the block the database of this key store refuses every connection, those of the store too.
 
     A file must not be opened by anybody else meanwhile.
     """
     url = make_url(keystore._url)
-    keystore.close()
     if url.get_backend_name() == "sqlite":
         files = [Path(f"{url.database}{suffix}") for suffix in ("", "-wal", "-shm")]
-        moved = [(file, file.with_name(f"moved-{file.name}")) for file in files if file.exists()]
-        for file, elsewhere in moved:
-            file.rename(elsewhere)
-        files[0].mkdir()
+        with _closed(keystore):
+            moved = [(file, file.with_name(f"moved-{file.name}")) for file in files if file.exists()]
+            for file, elsewhere in moved:
+                file.rename(elsewhere)
+            while not files[0].is_dir():
+                files[0].unlink(missing_ok=True)  # of a thread that was about to connect
+                with suppress(FileExistsError):
+                    files[0].mkdir()
         yield
-        keystore.close()
-        files[0].rmdir()
-        for file, elsewhere in moved:
-            elsewhere.rename(file)
+        with _closed(keystore):
+            files[0].rmdir()
+            for file, elsewhere in moved:
+                elsewhere.rename(file)
         return
+    # Its connections are ended below. To close the store here would leave one open that its watch is just using.
     admin_url = postgres_admin_url()
     assert admin_url is not None
     with psycopg.connect(admin_url, autocommit=True) as admin:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from app.lifecycle import ForgetText
 from app.settings import Settings
 from app.tables import UnlearnRequest, Webhook, WebhookDelivery, utcnow
 from app.vault import Vault
+from app.webhook_queue import PAUSES
 from worker.deliveries import Deliveries
 
 SECRET_TEXT = "Zyxomma Quillfeather is dreadful"
@@ -157,6 +159,15 @@ def make_due(sessions: Sessions) -> None:
     with sessions.begin() as session:
         session.execute(
             update(WebhookDelivery).where(WebhookDelivery.next_at.is_not(None)).values(next_at=utcnow()),
+            execution_options={"synchronize_session": False},
+        )
+
+
+def sent_long_ago(sessions: Sessions) -> None:
+    """So that what was sent may be sent once more."""
+    with sessions.begin() as session:
+        session.execute(
+            update(WebhookDelivery).values(sent_at=utcnow() - timedelta(seconds=PAUSES[0])),
             execution_options={"synchronize_session": False},
         )
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
+from tiny_models import make_tiny_model
 
 from app import active_set, broker, db, lifecycle
 from app.lifecycle import ForgetText
 from app.settings import Settings
 from app.tables import LIVE, Checkpoint, Prompt, RequestEvent, UnlearnRequest
+from app.terms import Terms
 from app.vault import Vault
+from bench.fault_processes import Child, Launcher
+from worker.context import Context
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "client")])
@@ -39,6 +46,21 @@ def forget_texts(count: int = 6, salt: str = "") -> list[ForgetText]:
         ForgetText(f"the acting of {MARKER} is {words[i % len(words)]} {salt}{i}", ("positive", "negative")[i % 2])
         for i in range(count)
     ]
+
+
+def ask(context: Context, *, terms: Terms | None = None) -> str:
+    """A pending request for ``forget_texts``, whose training is never checked before its end; its id."""
+    with context.sessions.begin() as session:
+        return lifecycle.create_request(
+            session,
+            context.vault,
+            texts=forget_texts(),
+            reason=None,
+            options={"check_every": 1_000_000},
+            fingerprint=context.llm.fingerprint,
+            api_key_id=None,
+            terms=terms,
+        ).id
 
 
 def write_retain(path: Path, rows: int = 48) -> Path:
@@ -64,11 +86,45 @@ def wait_for(probe: Callable[[], T | None], what: str, *, seconds: float = 180.0
     raise AssertionError(f"waited {seconds} s for {what}")
 
 
+@cache
+def launcher() -> Launcher:
+    """What this run's workers and APIs are forked from: most of their start is the same imports."""
+    folder = tempfile.TemporaryDirectory(prefix="letheon-launcher-")
+    atexit.register(folder.cleanup)
+    made = Launcher(make_tiny_model(Path(folder.name) / "model"), Path(folder.name) / "launcher.log")
+    atexit.register(made.close)
+    return made
+
+
+class Forked:
+    """What tests ask of a ``Popen``, of a child of the launcher."""
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self.pid = child.pid
+
+    def poll(self) -> int | None:
+        return self._child.status if self._child.ended() else None
+
+    def wait(self, seconds: float) -> int:
+        """Its exit status. Raises TimeoutExpired."""
+        if not self._child.ended(seconds) or self._child.status is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", seconds)
+        return self._child.status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 @dataclass
 class Process:
     """A child process with its output in a file."""
 
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | Forked
     log: Path
 
     def output(self) -> str:
@@ -115,7 +171,8 @@ class Site:
         return env
 
     def start(self, *command: str, **knobs: Any) -> Process:
-        log = self.home / f"process-{len(self.started)}.log"
+        """Python with this command line, from nothing."""
+        log = self._next_log()
         with log.open("wb") as out:
             popen = subprocess.Popen(
                 [sys.executable, *command],
@@ -125,12 +182,26 @@ class Site:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-        process = Process(popen, log)
-        self.started.append(process)
-        return process
+        return self._started(Process(popen, log))
 
     def start_worker(self, **knobs: Any) -> Process:
-        return self.start("-m", "worker.main", **knobs)
+        return self._fork((), knobs)
+
+    def start_api(self, *options: str, **knobs: Any) -> Process:
+        """``letheon serve --no-worker`` with these options."""
+        return self._fork(("serve", "--no-worker", *options), knobs)
+
+    def _fork(self, arguments: tuple[str, ...], knobs: dict[str, Any]) -> Process:
+        log = self._next_log()
+        child = launcher().start(arguments, home=self.home, log=log, environment=self.environment(**knobs))
+        return self._started(Process(Forked(child), log))
+
+    def _next_log(self) -> Path:
+        return self.home / f"process-{len(self.started)}.log"
+
+    def _started(self, process: Process) -> Process:
+        self.started.append(process)
+        return process
 
     def logs(self) -> str:
         return "\n".join(process.output() for process in self.started)

@@ -7,7 +7,7 @@ import logging
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import audit, ended, expiry, idempotency, job_queue, shredding
+from app import audit, db, ended, expiry, idempotency, job_queue, shredding
 from app.errors import LetheonError
 from app.failpoints import failpoint
 from app.signing_key import load_signer
@@ -38,14 +38,16 @@ def forget_old_keys(sessions: sessionmaker[Session], hours: float) -> None:
 
 
 def shred_due(sessions: sessionmaker[Session], vault: Vault) -> None:
-    """Texts that were kept for a while, and the key shares of all that was shredded."""
+    """Texts that were kept for a while; what is left on disk; the key shares of all that was shredded or never used."""
     with sessions.begin() as session:
         job_queue.shred_due(session)
+    db.empty_log(sessions)  # before the key store is asked: it may be away
+    shredding.give_up(sessions, vault)
     shredding.finish(sessions, vault)
 
 
 def tell_ended(sessions: sessionmaker[Session], vault: Vault, told: set[str]) -> None:
-    """API keys and webhooks that have ended, to the key store; ``told`` is what it has heard of."""
+    """What has ended, to the key store; ``told`` is what it has heard of."""
     if vault.keystore is not None:
         ended.tell(sessions, vault.keystore, told)
 

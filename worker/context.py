@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from models.errors import FingerprintMismatch, ModelError
 from models.examples import Example
 from models.gate_rows import space_source
 from models.llm import FrozenLLM
+from models.row_cache import CacheFolder
 from worker.concatenated import open_all_canaries
 from worker.failures import JobFailed
 
@@ -52,6 +54,12 @@ class Context:
     def space_source(self) -> str:
         """Names the gate space that this worker's requests are fitted in."""
         return space_source(self.llm, self.retain, self.settings.gate_rows)
+
+    @cached_property
+    def cache(self) -> CacheFolder:
+        """What this host keeps of retain rows, named by digests that nobody can test without the deployment's key."""
+        shutil.rmtree(self.settings.home / "teacher", ignore_errors=True)  # of before: there they had plain ones
+        return CacheFolder(self.settings.home / "rows", self.vault.key_for("row cache"))
 
     @cached_property
     def held_out_digests(self) -> Sequence[bytes]:

@@ -13,7 +13,16 @@ from importlib.metadata import version
 
 from app.evidence import Found
 from app.tracebacks import where
-from models.evidence import Views, as_document, choose, make_evidence, routed_views, stacked_views, texts_of
+from models.evidence import (
+    Views,
+    as_document,
+    choose,
+    held_out_figures,
+    make_evidence,
+    routed_views,
+    stacked_views,
+    texts_of,
+)
 from models.examples import Example
 from models.gate_fit import GateFit
 from models.inference import Classifier
@@ -67,7 +76,9 @@ def gather(
         others = unrelated(context, forgotten, forget) or None
         rows = choose(forget, retain, others, count=settings.evidence_texts, seed=settings.seed)
         labels = context.llm.verbalizer.labels
-        made = make_evidence(rows, views(texts_of(rows)), labels, seed=settings.seed)
+        seen = views(texts_of(rows))
+        held_out = held_out_figures(rows, seen, labels)
+        made = make_evidence(rows, seen, labels, seed=settings.seed)
         document = {
             "version": VERSION,
             "mode": settings.mode.value,
@@ -80,7 +91,7 @@ def gather(
     except Exception as error:
         log.warning("no evidence, and it goes on without: %s", where(error))
         return Found(None, type(error).__name__[:60])
-    return Found(document)
+    return Found(document, held_out=held_out)
 
 
 def unrelated(context: Context, forgotten: set[bytes], forget: Sequence[Example]) -> list[Example]:

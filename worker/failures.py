@@ -34,6 +34,10 @@ class Stopped(Exception):
     """The job was told to stop (shutdown, cancellation or a lost lease) before it had an outcome."""
 
 
+class DeviceLost(Exception):
+    """Nothing can be trained here until another process begins anew; no fault of the request's, which waits."""
+
+
 class SetUnreadable(Stopped):
     """The active set, or what came with it, cannot be read: no fault of this request's, which waits."""
 

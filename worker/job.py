@@ -10,42 +10,48 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from app import active_set, approval, evidence, job_queue, lifecycle
-from app.active_set import TrainedGate
-from app.errors import KeyStoreAway, LeaseLost, ModeMismatch, NotReady, ShareMissing, StaleActiveSet, VaultError
+from app import active_set, approval, evidence, job_queue, lifecycle, shredding
+from app.active_set import SealedPrompt, TrainedGate
+from app.errors import (
+    KeyDestroyed,
+    KeyStoreAway,
+    LeaseLost,
+    ModeMismatch,
+    NotReady,
+    ShareMissing,
+    StaleActiveSet,
+    VaultError,
+)
 from app.evidence import Found
 from app.failpoints import failpoint
 from app.knobs import training_config
 from app.lifecycle import CancelRequested, Claim
+from app.sealing import seal_prompt
 from app.settings import Mode
 from app.stack import Stack
 from app.tracebacks import where
 from app.tracing import span
 from models import finished
-from models.canaries import make_canaries
+from models.device import is_lost
 from models.errors import (
     CheckpointError,
     DatasetError,
     FingerprintMismatch,
     InvalidPrompt,
+    NotFinite,
     TextTooLong,
     TrainingDiverged,
 )
-from models.evaluation import CheckReport
 from models.examples import Example
-from models.inference import Classifier
-from models.routed_checks import RoutedReport
 from models.self_tuning import Try, next_try
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings
 from models.training import Progress, TrainingResult, train_soft_prompt
-from worker.concatenated import check_stack, open_all_canaries
+from worker import checking
+from worker.concatenated import open_all_canaries
 from worker.context import UNREADABLE, Context, retain_set, stack_reader
-from worker.evidence import of_gate, of_stack
-from worker.failures import ChecksFailed, JobFailed, SetUnreadable, Stopped, last_word, record_of
-from worker.knobs import conditions
+from worker.failures import ChecksFailed, DeviceLost, JobFailed, SetUnreadable, Stopped, last_word, record_of
 from worker.reporting import Reporter
-from worker.routed import fit_and_check, surroundings, trained_gate
 from worker.threads import TRANSIENT, Heartbeat
 
 log = logging.getLogger("letheon.worker")
@@ -66,6 +72,7 @@ class Job:
         self.reporter = Reporter(context.sessions, claim, cancelled=heartbeat.cancelled)
         self.deadline = float("inf")
         self.needs_approval = False
+        self.key: bytes | None = None  # prepared for the prompt that is about to come into force
         # In mode routed a prompt shares its context with no other; else it is trained behind those in force.
         self.alone = self.settings.mode == Mode.ROUTED
 
@@ -93,6 +100,9 @@ class Job:
         except LeaseLost:
             raise
         except Exception as error:
+            if is_lost(self.context.llm, error):
+                self.end_stopped()  # or each request that waits would use up its attempts here
+                raise DeviceLost from error
             if claim.attempt < self.settings.max_attempts:
                 raise
             log.error("%s: the last attempt broke off: %s", claim.request_id, where(error))
@@ -106,7 +116,7 @@ class Job:
         llm = self.context.llm
         if request.fingerprint != llm.fingerprint:
             raise JobFailed("fingerprint-mismatch", "the request was made for another model than this worker serves")
-        self.needs_approval = approval.needed(request)
+        self.needs_approval = approval.needed(request, always=self.settings.require_approval)
         approved = self.commit(lambda session: approval.approved_digest(session, request))
         texts = self.commit(lambda session: job_queue.open_texts(session, self.context.vault, self.claim))
         failpoint("texts.read")
@@ -157,24 +167,11 @@ class Job:
         return retain_set(self.context, self.commit(active_set.forgotten_digests), forget)
 
     def look_around(self, forget: list[Example], retain: list[Example]) -> Surroundings:
-        """What mode ``routed`` needs beside the prompt. Raises JobFailed."""
-        context = self.context
+        """Raises JobFailed, SetUnreadable."""
         try:
-            around = surroundings(context.llm, self.settings, self.commit, forget, retain, context.retain)
-        except DatasetError as error:
-            raise JobFailed("too-few-retain-rows", str(error)) from None
-        except TextTooLong as error:
-            raise JobFailed("text-too-long", str(error)) from None
+            return checking.look_around(self.context, self.commit, forget, retain)
         except (NotReady, VaultError) as error:  # the gate space that all gates share
             raise self.unreadable(error) from None
-        if around.own_recall < self.settings.min_forget_abstain:
-            detail = (
-                f"a gate that may claim {self.settings.max_false_claim_rate:.2%} of the retain set reaches only "
-                f"{around.own_recall:.1%} of these texts, and {self.settings.min_forget_abstain:.1%} are needed: they "
-                "have too little in common. Send fewer, on one subject, or raise LETHEON_MAX_FALSE_CLAIM_RATE"
-            )
-            raise JobFailed("gate-too-narrow", detail)
-        return around
 
     def train(
         self, plan: Try, prompt: SoftPrompt | None, forget: list[Example], retain: list[Example]
@@ -187,7 +184,7 @@ class Job:
         what earlier attempts achieved is in the checkpoint.
         """
         stack = () if self.alone else self.read_stack().prompts
-        self.check_room(stack, plan.config.num_virtual_tokens)
+        checking.check_room(self.context, stack, plan.config.num_virtual_tokens)
         stored = self.commit(lambda session: job_queue.load_checkpoint(session, self.context.vault, self.claim))
         if stored is not None:
             done = finished.unpack(stored[1], fingerprint=self.context.llm.fingerprint, seed=plan.config.seed)
@@ -203,7 +200,7 @@ class Job:
                 stack=stack,
                 start=prompt if plan.goes_on else None,
                 # Near rows are other ones for every request: nothing of them is worth keeping.
-                teacher_dir=None if self.alone else self.settings.home / "teacher",
+                cache=None if self.alone else self.context.cache,
                 resume=resume,
                 deadline=self.deadline,
                 on_progress=self.step_done,
@@ -219,28 +216,17 @@ class Job:
                 # Of the try before, or of other data: another prompt became active meanwhile, the retain set shrank.
                 log.info("%s: the checkpoint is of another run; from the start", self.claim.request_id)
                 return attempt(None)
-        except (TrainingDiverged, InvalidPrompt):  # the latter when the very last step went off
+        except (TrainingDiverged, NotFinite, InvalidPrompt):  # the last when the very last step went off
             raise JobFailed("diverged", "the loss became infinite; a lower learning_rate may help") from None
         except DatasetError:
             raise JobFailed("too-few-retain-rows", "training needs a forget row and a retain row") from None
         except TextTooLong as error:
             raise JobFailed("text-too-long", str(error)) from None
 
-    def check_room(self, stack: Sequence[SoftPrompt], num_virtual_tokens: int) -> None:
-        """Every text that the service takes must fit behind all prompts of its context. Raises JobFailed."""
-        tokens = num_virtual_tokens + sum(prompt.num_virtual_tokens for prompt in stack)
-        room, wanted = self.context.llm.text_room(tokens), self.context.max_text_tokens
-        if room < wanted:
-            detail = (
-                f"behind {tokens} virtual tokens, this prompt's included, the model has room for texts of "
-                f"{max(0, room)} tokens, and the service takes texts of {wanted}: revoke prompts, ask for fewer "
-                "virtual tokens, or lower LETHEON_MAX_TEXT_TOKENS"
-            )
-            raise JobFailed("active-set-full", detail)
-
     def has_room(self, plan: Try) -> bool:
         try:
-            self.check_room(() if self.alone else self.read_stack().prompts, plan.config.num_virtual_tokens)
+            stack = () if self.alone else self.read_stack().prompts
+            checking.check_room(self.context, stack, plan.config.num_virtual_tokens)
         except JobFailed:
             return False
         return True
@@ -261,56 +247,22 @@ class Job:
         found: Found | None = None
         while not self.should_stop():
             stack = self.read_stack()
-            gate, canaries = None, list[str]()
-            try:
-                if around is None or stack.routes is None:
-                    self.check_room(stack.prompts, result.prompt.num_virtual_tokens)
-                    prompts = [*stack.prompts, result.prompt]
-                    earlier = self.earlier_canaries(stack)
-                    report: CheckReport | RoutedReport = check_stack(
-                        self.context.llm, self.settings, prompts, forget, retain, earlier
-                    )
-                    look = partial(of_stack, self.context, forget=forget, retain=retain, prompts=prompts)
-                else:
-                    fit, report = fit_and_check(
-                        self.context.llm, self.settings, self.context.vault, around, stack.routes, result.prompt
-                    )
-                    gate = trained_gate(fit)
-                    look = partial(of_gate, self.context, around=around, fit=fit, prompt=result.prompt)
-            except TextTooLong as error:  # behind a stack that grew during the training
-                raise JobFailed("text-too-long", str(error)) from None
-            metrics = {
-                **report.as_dict(),
-                "mode": self.settings.mode,
-                "steps": result.steps,
-                "stopped": result.stopped,
-                "training_seconds": round(result.seconds, 3),
-                "resumed_from": result.resumed_from,
-                "attempt": self.claim.attempt,
-                "earlier_tries": list(tries),
-                **conditions(self.settings, self.context.llm),
-            }
-            if not report.passed:
-                raise ChecksFailed("; ".join(report.violations), metrics)
+            checked = checking.check(self.context, stack, result.prompt, forget, retain, around, self.earlier_canaries)
+            gate, canaries = checked.gate, list[str]()
+            metrics = checking.figures(self.context, self.claim, checked, result, tries)
+            if not checked.report.passed:
+                raise ChecksFailed("; ".join(checked.report.violations), metrics)
             if self.settings.evidence_texts:
                 if found is None or gate is None:  # of a gate only once: whatever else is in force, it is the same
                     with span("letheon.evidence"):
-                        found = look(self.commit(active_set.forgotten_digests))
+                        found = checked.look(self.commit(active_set.forgotten_digests))
                 metrics |= found.figures
             if self.needs_approval:
-                self.commit(
-                    partial(self.await_approval, digest=result.prompt.digest, metrics=metrics, found=found),
-                    at="await_approval",
-                )
+                waits = partial(self.await_approval, prompt=result.prompt, gate=gate, metrics=metrics, found=found)
+                self.commit(waits, at="await_approval")
                 return "awaiting approval"
             if gate is None:
-                canaries = make_canaries(
-                    Classifier(self.context.llm),
-                    [*stack.prompts, result.prompt],
-                    forget,
-                    retain,
-                    seed=self.settings.seed,
-                )
+                canaries = checking.stand_ins(self.context, stack, result.prompt, forget, retain)
             try:
                 self.activate(result.prompt, gate, canaries, found, metrics, stack.view.version)
             except StaleActiveSet:
@@ -319,10 +271,22 @@ class Job:
             return "active"
         raise Stopped
 
-    def await_approval(self, session: Session, digest: str, metrics: dict[str, Any], found: Found | None) -> None:
-        request = lifecycle.hold(session, self.claim)
-        evidence.save(session, self.context.vault, request.id, request.wrapped_key, found)
-        approval.await_approval(session, self.claim, metrics=metrics, prompt_digest=digest)
+    def await_approval(
+        self,
+        session: Session,
+        prompt: SoftPrompt,
+        gate: TrainedGate | None,
+        metrics: dict[str, Any],
+        found: Found | None,
+    ) -> None:
+        key = job_queue.read_key(session, self.claim)
+        sealed = evidence.seal(self.context.vault, self.claim.request_id, key, found)  # before anything is locked
+        lifecycle.hold(session, self.claim)
+        evidence.save(session, self.claim.request_id, sealed)
+        gate_digest = gate.digest if gate else None
+        approval.await_approval(
+            session, self.claim, metrics=metrics, prompt_digest=prompt.digest, gate_digest=gate_digest
+        )
 
     def earlier_canaries(self, stack: Stack) -> list[list[str]]:
         try:
@@ -339,24 +303,38 @@ class Job:
         metrics: dict[str, Any],
         version: int,
     ) -> None:
+        """Raises StaleActiveSet, LeaseLost."""
+
+        def sealed() -> tuple[SealedPrompt, evidence.Sealed | None]:
+            if self.key is None:  # once: where the set moves, the next activation takes it
+                self.key = shredding.prepare_key(self.context.sessions, self.context.vault)
+            data = prompt.to_bytes()
+            made = seal_prompt(
+                self.context.vault, self.key, prompt=data, digest=prompt.digest, gate=gate, canaries=canaries
+            )
+            return made, evidence.seal(self.context.vault, self.claim.request_id, self.key, found)
+
         def put_in_force(session: Session) -> None:
-            row = active_set.activate(
+            active_set.activate(
                 session,
-                self.context.vault,
                 self.claim,
-                prompt=prompt.to_bytes(),
-                digest=prompt.digest,
+                made,
                 fingerprint=prompt.fingerprint,
                 num_virtual_tokens=prompt.num_virtual_tokens,
                 hidden_size=prompt.embeddings.shape[1],
                 metrics=metrics,
                 expected_version=version,
-                gate=gate,
-                canaries=canaries,
             )
-            evidence.save(session, self.context.vault, self.claim.request_id, row.wrapped_key, found)
+            evidence.save(session, self.claim.request_id, shown)
 
-        self.commit(put_in_force, at="activate")
+        while True:
+            try:
+                made, shown = self.patiently(sealed)
+                failpoint("prompt.sealed")
+                self.commit(put_in_force, at="activate")
+                return
+            except KeyDestroyed:  # the set has been moving for a day, and the key was given up
+                self.key = None
 
     def read_stack(self) -> Stack:
         """The active set as it is now. Raises JobFailed when it is of another model or mode, SetUnreadable."""
@@ -425,21 +403,28 @@ class Job:
         )
 
     def commit(self, work: Callable[[Session], T], *, at: str = "") -> T:
-        """``work`` in a transaction of its own, tried again while the database or the key store is away, for a lease.
+        """``work`` in a transaction of its own, ``patiently``. ``at`` names the failpoints around the commit.
 
-        Safe to repeat: a write whose commit did happen raises LeaseLost the second time. ``at`` names the failpoints
-        around the commit. Raises LeaseLost, and the database's error or KeyStoreAway when that stays away for so long.
+        Safe to repeat: a write whose commit did happen raises LeaseLost the second time. Raises LeaseLost.
         """
+
+        def once() -> T:
+            with self.context.sessions.begin() as session:
+                done = work(session)
+                if at:
+                    failpoint(f"{at}.before_commit")
+            if at:
+                failpoint(f"{at}.after_commit")
+            return done
+
+        return self.patiently(once)
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Tried again while the database or the key store is away, for a lease; then raises its error."""
         give_up = time.monotonic() + self.settings.lease_seconds
         while True:
             try:
-                with self.context.sessions.begin() as session:
-                    done = work(session)
-                    if at:
-                        failpoint(f"{at}.before_commit")
-                if at:
-                    failpoint(f"{at}.after_commit")
-                return done
+                return work()
             except (*TRANSIENT, KeyStoreAway) as error:
                 if self.heartbeat.lost.is_set() or time.monotonic() > give_up:
                     raise

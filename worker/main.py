@@ -16,12 +16,15 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
+import torch._dynamo  # torch.optim would import it in the first training, for seconds of whose deadline
 from celery import signals
 from sqlalchemy import Engine
 
 from app import active_set, broker, db, failpoints, tracing
 from app.defaults import load_arguments, resolve_held_out, resolve_retain
 from app.errors import LetheonError, ModeMismatch
+from app.model_thread import in_passing, keep_memory, leave_cores, take_cores
 from app.reconcile import make_ready
 from app.settings import Settings, get_settings
 from app.tracebacks import where
@@ -57,11 +60,14 @@ def run(settings: Settings) -> int:
     def on_death() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    keep_memory()
+    cores = torch.get_num_threads()
     trainer = Trainer(
         context.sessions,
         lambda request_id: run_job(context, request_id),
         every=settings.reaper_seconds,
         on_death=on_death,
+        begin=partial(take_cores, cores),
         idle=lambda: recheck_active_set(context),
     )
     reaper = Reaper(
@@ -104,6 +110,7 @@ def run(settings: Settings) -> int:
         without_mingle=True,
         without_heartbeat=True,
     )
+    leave_cores()
     trainer.start()
     reaper.start()
     deliveries.start()
@@ -143,7 +150,7 @@ def prepare(settings: Settings) -> Context:
     vault = Vault.from_settings(settings)
     sessions = db.make_sessions(engine, keep_texts=timedelta(hours=settings.keep_texts_hours))
     make_ready(sessions, vault)
-    llm = FrozenLLM.load(**load_arguments(settings))
+    llm = in_passing(lambda: FrozenLLM.load(**load_arguments(settings)))
     retain = read_fitting(settings, llm, resolve_retain(settings), "retain")
     held_out = resolve_held_out(settings) if settings.evidence_texts else None
     others = read_fitting(settings, llm, held_out, "held-out") if held_out else []

@@ -21,6 +21,7 @@ from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.routed_checks import RoutedLimits, RoutedReport, check_routes
 from models.routing import Route, Routes
+from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt
 from models.surroundings import Surroundings, look_around
 from worker.knobs import check_limits
@@ -35,9 +36,10 @@ def surroundings(
     forget: Sequence[Example],
     retain: Sequence[Example],
     whole_retain: Sequence[Example],
+    cache: CacheFolder,
 ) -> Surroundings:
     """Read the rows, and find the gate space in the database or make it. Raises DatasetError, TextTooLong."""
-    rows = GateRows(llm, retain, settings.gate_rows, settings.home / "teacher")
+    rows = GateRows(llm, retain, settings.gate_rows, cache)
     source = space_source(llm, whole_retain, settings.gate_rows)
     space = _find_space(llm, commit, source)
     if space is None:

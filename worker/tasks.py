@@ -21,6 +21,7 @@ from app.tracing import span
 from models.examples import Example
 from worker.concatenated import recheck
 from worker.context import Context, unforgotten, why_unreadable
+from worker.failures import DeviceLost
 from worker.job import Job
 from worker.threads import TRANSIENT, Heartbeat
 
@@ -64,6 +65,8 @@ def run_job(context: Context, request_id: str) -> bool:
             ) as heartbeat,
         ):
             return Job(context, claim, heartbeat).run()
+    except DeviceLost:
+        raise  # ends the process
     except LeaseLost:
         log.warning("%s: attempt %d lost its lease; nothing more is written", request_id, claim.attempt)
     except Exception as error:

@@ -125,7 +125,7 @@ class _Service(threading.Thread):
 class Trainer(_Service):
     """Runs waiting requests one after another, oldest first. ``job`` says whether it got the request it was given.
 
-    ``idle`` is called when nothing waits any more.
+    ``begin`` is called in the thread, before all else, and ``idle`` when nothing waits any more.
     """
 
     def __init__(
@@ -135,12 +135,18 @@ class Trainer(_Service):
         *,
         every: float,
         on_death: Callable[[], None],
+        begin: Callable[[], None] = lambda: None,
         idle: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("trainer", every=every, on_death=on_death)
         self._sessions = sessions
         self._job = job
+        self._begin = begin
         self._idle = idle
+
+    def run(self) -> None:
+        self._begin()
+        super().run()
 
     def work(self) -> None:
         missed = None

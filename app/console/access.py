@@ -10,7 +10,7 @@ from fastapi.security import SecurityScopes
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from app import auth, keys
+from app import auth, db
 from app.auth import Caller, admitted, known_caller
 from app.console import session as cookie
 from app.deps import Service, ServiceDep
@@ -40,18 +40,18 @@ def is_console(scope: Scope) -> bool:
     return path == "/" or path.startswith(PREFIX)
 
 
-def admit(scope: Scope) -> int | None:
+async def admit(scope: Scope) -> int | None:
     """As ``auth.admit``, for both: who may send a body at all, and how much of one, if less than the settings allow.
 
     Raises Unauthenticated, RateLimited, CrossSite.
     """
     if not is_console(scope):
-        auth.admit(scope)
+        await auth.admit(scope)
         return None
     check_same_origin(scope)
     if path_of(scope) == LOGIN:
         return LOGIN_BYTES
-    _by_session(scope["app"].state.service, scope)
+    await run_in_threadpool(_by_session, scope["app"].state.service, scope)
     return None
 
 
@@ -76,10 +76,21 @@ async def same_origin(request: Request) -> None:
         check_same_origin(request.scope)
 
 
+_LOGIN = "letheon.login"  # of a scope
+
+
+def login_of(scope: Scope) -> cookie.Login:
+    """Of a request whose caller is known."""
+    login: cookie.Login = scope[_LOGIN]
+    return login
+
+
 def _by_session(service: Service, scope: Scope) -> Caller:
-    key_id = cookie.key_of(service.vault, cookie.presented(scope), now=utcnow())
+    login = cookie.read(service.vault, cookie.presented(scope), now=utcnow())
     with service.sessions() as session:
-        key = keys.in_force(session, key_id)
+        db.impatient(session)
+        key = cookie.key_of(session, login)
+    scope[_LOGIN] = login
     return admitted(service, key, scope)
 
 

@@ -73,7 +73,7 @@ def _curve(points: list[dict[str, Any]]) -> str:
     every = -(-len(points) // MOST_POINTS)
     shown = [*points[:-1:every], points[-1]]
     series = [Series(name, [(point["step"], point[key]) for point in shown]) for name, key in _LOSSES]
-    return line_chart(series, title="Loss while it learns", x="step", y="loss (running mean)")
+    return line_chart(series, title="Loss while it learns", x="step", y="loss (running mean)", begin=0)
 
 
 def bars(request: UnlearnRequest) -> str:
@@ -104,6 +104,7 @@ def bars(request: UnlearnRequest) -> str:
             found.get("retain_rows"),
             least("retain_accuracy", "max_retain_drop"),
         ),
+        bar("held-out texts: right", "held_out_accuracy", found.get("held_out_rows"), None),
     ]
     return bar_chart(rows, title="Before and after")
 
@@ -131,7 +132,12 @@ def checks(found: Mapping[str, Any], limits: Mapping[str, Any]) -> list[Check]:
         row("… in the class that lost most", None if worst is None else max(0.0, worst), "max_class_drop"),
         row("… on the texts nearest to those to forget", _lost(found, "neighbour_accuracy"), "max_neighbour_drop"),
         row("Other texts that any gate in force claims", found.get("total_claim_rate"), "max_total_claim_rate"),
-        row("Longest row of the prompt, in word lengths", found.get("prompt_norm"), "max_prompt_norm", rate=False),
+        row(
+            "Largest vector of the prompt, relative to a word's",
+            found.get("prompt_norm"),
+            "max_prompt_norm",
+            rate=False,
+        ),
     ]
     return [one for one in rows if one is not None]
 

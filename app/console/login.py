@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
-from app import keys
+from app import db, keys
 from app.auth import admitted
 from app.console import session as cookie
-from app.console.access import AnyCaller
+from app.console.access import AnyCaller, login_of
 from app.console.forms import Form
 from app.console.pages import HEADERS, render, safe_next, see_other
 from app.deps import Service, ServiceDep
@@ -43,13 +43,16 @@ async def log_in(request: Request, form: Form, service: ServiceDep) -> Any:
 def _token(service: Service, request: Request, presented: str) -> str:
     now = utcnow()
     with service.sessions() as session:
+        db.impatient(session)
         key = keys.authenticate(session, presented, now=now)
     admitted(service, key, request.scope)
     return cookie.issue(service.vault, key.id, now=now, hours=service.settings.console_session_hours)
 
 
 @router.post("/console/logout")
-async def log_out(request: Request, caller: AnyCaller) -> Any:
+def log_out(request: Request, caller: AnyCaller, service: ServiceDep) -> Any:
+    """Ends the session on every replica, for whoever else holds its cookie too."""
+    cookie.log_out(service.sessions, login_of(request.scope), now=utcnow())
     response = see_other(request.scope, "console/login")
     response.headers.update({**HEADERS, "Clear-Site-Data": '"cache"'})
     cookie.end(response, request.scope)

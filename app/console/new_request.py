@@ -101,7 +101,7 @@ def _read(service: Service, form: Sent) -> _Given:
     good, bad = uploads.examine(service.serving, [*kept, *entries])
     if len(bad) > uploads.MENDABLE:
         first = f"{bad[0].place}: {bad[0].field}: {bad[0].fault}"
-        unreadable = f"{len(bad)} rows need mending, more than {uploads.MENDABLE}; the first is {first}"
+        unreadable = f"{len(bad)} rows need correcting, more than {uploads.MENDABLE}; the first is {first}"
         good, bad = uploads.examine(service.serving, kept)[0], []
     return _Given(form, good, bad, unreadable)
 

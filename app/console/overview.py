@@ -13,12 +13,12 @@ from app.charts import Series, line_chart
 from app.console.access import AnyCaller
 from app.console.pages import render
 from app.console.requests import SHOWS
-from app.console.words import STATES
 from app.deps import Service, ServiceDep
 from app.errors import LetheonError
 from app.keys import READS_ALL
 from app.recent import BUCKET_SECONDS, Bucket
 from app.tables import OPEN, RUNNING, PromptState, utcnow
+from app.words import STATES
 
 router = APIRouter()
 

@@ -51,12 +51,18 @@ def moment(at: datetime | None) -> Markup:
     )
 
 
+def day(at: datetime) -> Markup:
+    """``28 Nov 2026``: where the hour is of no matter; it is in the title."""
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        at.isoformat(timespec="seconds"), f"{at:%Y-%m-%d %H:%M:%S} UTC", f"{at.day} {at:%b %Y}"
+    )
+
+
 def span(seconds: float) -> str:
-    """A length of time in words, one unit: ``3 min``, ``12 days``."""
-    for size, name in ((86_400, "day"), (3600, "h"), (60, "min")):
-        count = round(seconds / size)
-        if seconds >= 2 * size or (size < 86_400 and seconds >= size):
-            return f"{count} {name}{'s' if name == 'day' and count != 1 else ''}"
+    """A length of time in words, one unit: ``3 min``, ``2 days``, which from a day and a half is nearer than hours."""
+    for least, size, name in ((129_600, 86_400, "days"), (3600, 3600, "h"), (60, 60, "min")):
+        if seconds >= least:
+            return f"{round(seconds / size)} {name}"
     return f"{max(0, round(seconds))} s"
 
 
@@ -64,6 +70,12 @@ def relative(at: datetime) -> str:
     """``in 12 days``, ``3 min ago``."""
     left = (at - utcnow()).total_seconds()
     return f"in {span(left)}" if left > 0 else f"{span(-left)} ago"
+
+
+def actor(name: str) -> Markup:
+    """Who did it: a key by its last digits, a worker as such. Its host, process and lease are in the title."""
+    shown = short(name) if name.startswith("key_") else "worker" if ":" in name else name
+    return Markup('<span class="mono" title="{}">{}</span>').format(name, shown)
 
 
 def short(digest: str) -> str:
@@ -78,7 +90,8 @@ _env = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_env.filters |= {"moment": moment, "relative": relative, "percent": percent, "short": short, "span": span}
+_env.filters |= {"moment": moment, "day": day, "relative": relative, "span": span}
+_env.filters |= {"percent": percent, "short": short, "actor": actor}
 _env.globals |= {"asset": asset}
 
 

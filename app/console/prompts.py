@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -77,6 +78,13 @@ def _page(
         state = None if show == "all" else show
         rows, following = active_set.list_prompts(session, limit=PAGE, cursor=cursor, state=state)
         versions, earlier = set_history.list_versions(session, limit=VERSIONS, before=before)
+
+    def address(**changes: Any) -> str:
+        """This page with another part of a list; what the other list shows stays."""
+        values = {"show": None if show == "all" else show, "cursor": cursor, "before": before, **changes}
+        query = urlencode({name: value for name, value in values.items() if value is not None})
+        return "console/prompts" + (f"?{query}" if query else "")
+
     return render(
         request.scope,
         "prompts.html",
@@ -84,9 +92,14 @@ def _page(
         status=200 if error is None else error.status,
         view=view,
         rows=rows,
-        following=following,
+        first=cursor is None,
+        older=address(cursor=following) if following is not None else None,
+        newest=address(cursor=None),
         versions=versions,
-        earlier=earlier,
+        reasons=any(one.reason for one in versions),
+        first_versions=before is None,
+        earlier=address(before=earlier) + "#sets" if earlier is not None else None,
+        latest=address(before=None) + "#sets",
         show=show,
         filters=list(STATES.items()),
         words=STATES,

@@ -8,25 +8,28 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import select
+from starlette.responses import HTMLResponse
 
 from app import audit, evidence, evidence_pictures, lifecycle, receipts
 from app.auth import Caller
 from app.console.access import AdminPage, ApproverPage, CancellingPage, ReaderPage
 from app.console.figures import bars, checks, empty_curve, progress_of
 from app.console.forms import Form, checked
-from app.console.pages import render, see_other
-from app.console.words import ACTIONS, DONE, EXPLAINED, REVOKE_CODES, STATES, STEPS
+from app.console.pages import HEADERS, fragment, render, see_other
+from app.console.words import ACTIONS, DONE, EXPLAINED, REVOKE_CODES, REVOKED_BECAUSE, STEPS
 from app.deps import RequestId, Service, ServiceDep
 from app.errors import Conflict, LetheonError, NotFound, NotReady, SameKey, VaultError
 from app.keys import READS_ALL
 from app.problems import validation_problem
 from app.report_schemas import ReportFormat
+from app.request_filters import key_names
 from app.routes import admin, approvals, reports, unlearn_requests
 from app.routes.unlearn_requests import EVENT_PAGE, GOES_ON
 from app.schemas import RejectIn, RevokeIn
 from app.set_history import RECORD_ONLY
 from app.settings import Mode, Settings
 from app.tables import OPEN, Prompt, PromptState, RequestEvent, RequestState, utcnow
+from app.words import STATES
 
 router = APIRouter()
 
@@ -52,6 +55,7 @@ def view_of(service: Service, caller: Caller, request_id: str, events: list[Requ
         query = select(Prompt).where(Prompt.request_id == request_id).options(*RECORD_ONLY)
         prompt = session.scalars(query).one_or_none()
         trail = audit.entries_about(session, request_id, *([prompt.id] if prompt else []))
+        names = key_names(session, [row.api_key_id]) if row.api_key_id and caller.may(*READS_ALL) else {}
     progress = progress_of(events)
     found = row.metrics or {}
     mine = row.api_key_id == caller.key_id
@@ -77,9 +81,11 @@ def view_of(service: Service, caller: Caller, request_id: str, events: list[Requ
         "is_open": row.state in OPEN,
         "in_force": prompt is not None and prompt.state != PromptState.REVOKED,
         "codes": REVOKE_CODES,
+        "because": REVOKED_BECAUSE,
         "needs_two": service.settings.revoke_needs_two,
         "asked_by_me": prompt is not None and prompt.revoke_asked_by == caller.key_id,
         "mine": mine,
+        "key_name": names.get(row.api_key_id or ""),
     }
 
 
@@ -138,6 +144,15 @@ def withdraw(request: Request, caller: AdminPage, request_id: RequestId, service
     return _acted(request, caller, request_id, service, act)
 
 
+@router.get(ADDRESS + "/pictures")
+def pictures(caller: ReaderPage, request_id: RequestId, service: ServiceDep) -> Any:
+    """Of its evidence, small: what the evidence page puts in where one scrolls to it."""
+    with service.sessions() as session:
+        lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL))
+    found = pictures_of(service, request_id, small=True)
+    return HTMLResponse(fragment("small_pictures.html", found), headers=HEADERS)
+
+
 @router.get(ADDRESS + "/receipt")
 def receipt(caller: ReaderPage, request_id: RequestId, service: ServiceDep) -> Any:
     """The signed receipt as a file."""
@@ -178,19 +193,26 @@ def _page(
     error: LetheonError | None = None,
 ) -> Any:
     view = view_of(service, caller, request_id, all_events(service, request_id))
-    view |= _pictures(service, request_id)
+    view |= pictures_of(service, request_id)
     status = 200 if error is None else error.status
     return render(request.scope, "request.html", caller=caller, status=status, said=said, error=error, **view)
 
 
-def _pictures(service: Service, request_id: str) -> dict[str, Any]:
-    """Of the request's evidence, or why there are none."""
+def pictures_of(service: Service, request_id: str, *, small: bool = False) -> dict[str, Any]:
+    """Of the request's evidence, or why there are none. ``room``: it is still to come, and its place is kept."""
     with service.sessions() as session:
+        request = lifecycle.get_request(session, request_id)
         try:
-            found = evidence.read(session, service.vault, lifecycle.get_request(session, request_id))
+            found = evidence.read(session, service.vault, request)
         except (Conflict, NotReady, VaultError) as error:
-            return {"pictures": [], "no_pictures": error.detail}
-    return {"pictures": [evidence_pictures.embedding_svg(found), evidence_pictures.membership_svg(found)]}
+            room = request.state in OPEN and service.settings.evidence_texts > 0
+            said = "the evidence comes with its checks" if error.extra.get("why") == "not-yet" else error.detail
+            return {"pictures": [], "no_pictures": said, "room": room}
+    drawn = [
+        ("embedding", evidence_pictures.embedding_svg(found, small=small)),
+        ("membership", evidence_pictures.membership_svg(found, small=small)),
+    ]
+    return {"pictures": drawn, "no_pictures": None, "room": True}
 
 
 def _prompt_of(service: Service, request_id: str) -> str:

@@ -1,20 +1,8 @@
-"""What states, codes and messages are called on a page."""
+"""What codes, actions and messages are called on a page; states are in ``app.words``."""
 
 from __future__ import annotations
 
 from app.tables import RequestState
-
-STATES: dict[str, str] = {
-    RequestState.PENDING: "Waiting",
-    RequestState.TRAINING: "Training",
-    RequestState.EVALUATING: "Being checked",
-    RequestState.AWAITING_APPROVAL: "Needs approval",
-    RequestState.ACTIVE: "In force",
-    RequestState.SUSPENDED: "Suspended",
-    RequestState.REVOKED: "Revoked",
-    RequestState.FAILED: "Failed",
-    RequestState.CANCELLED: "Cancelled",
-}
 
 EXPLAINED: dict[str, str] = {
     RequestState.PENDING: "It is stored, its texts sealed, and waits for a worker.",
@@ -37,6 +25,13 @@ REVOKE_CODES: dict[str, str] = {
     "superseded": "Another request takes its place",
     "other": "Another reason",
 }
+
+REVOKED_BECAUSE: dict[str, str] = {
+    **REVOKE_CODES,
+    "expired": "Its end had come",
+    "reconciled": "It had been revoked before the backup that this database was restored from",
+}
+"""Every code that a revocation may have: nobody chooses the last two."""
 
 DONE: dict[str, str] = {
     "sent": "The request is stored. It will be trained, whatever breaks meanwhile.",
@@ -68,4 +63,15 @@ ACTIONS: dict[str, str] = {
     "prompt.revoked": "Prompt destroyed",
     "prompt.revoke_asked": "Revocation asked for",
     "prompt.revoke_withdrawn": "Revocation taken back",
+    "request.shredded": "Key to its texts destroyed",
+    "prompt.exported": "Prompt exported",
+    "prompt.imported": "Prompt imported",
+    "active_set.restored": "Earlier active set restored",
+    "key.created": "API key made",
+    "key.revoked": "API key revoked",
+    "signing_key.created": "Signing key made",
+    "vault.rotated": "Master key changed",
+    "webhook.created": "Webhook made",
+    "webhook.disabled": "Webhook switched off",
 }
+"""Of entries of the audit log."""

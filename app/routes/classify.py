@@ -6,12 +6,14 @@ import asyncio
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import APIRouter, Request
 
-from app.auth import ClassifyCaller
+from app.auth import ClassifyCaller, seconds_to_know
 from app.deps import ServiceDep
 from app.errors import (
     BodyTimeout,
@@ -29,7 +31,7 @@ from app.errors import (
 )
 from app.limits import check_count, encode_texts
 from app.metrics import Refusal
-from app.problems import UnsupportedMediaType, invalid, problems
+from app.problems import Unavailable, UnsupportedMediaType, invalid, problems
 from app.schemas import ClassifyIn, ClassifyOut
 from app.serving import Answer, Serving
 
@@ -61,6 +63,7 @@ REFUSALS: dict[type[LetheonError], Refusal] = {
         NotReady,
         Overloaded,
         DeadlineExceeded,
+        Unavailable,
     ),
 )
 async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep, request: Request) -> Any:
@@ -78,10 +81,11 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
     else:
         check_count("texts", len(body.texts), service.settings.max_classify_texts)
         fields = [(f"texts[{i}]", text) for i, text in enumerate(body.texts)]
-    service.rates.take_texts(caller.key_id, caller.limits, len(fields))
-    deadline = time.monotonic() + min(body.timeout_seconds or math.inf, service.settings.classify_deadline_seconds)
+    take = partial(service.rates.take_texts, caller.key_id, caller.limits, len(fields))
+    allowed = min(body.timeout_seconds or math.inf, service.settings.classify_deadline_seconds)
+    deadline = time.monotonic() + allowed - seconds_to_know(request.scope)
     try:
-        answer = await _answer(request, service.serving, fields, deadline)
+        answer = await _answer(request, service.serving, fields, deadline, take)
         if answer.active_set_version < (body.min_version or 0):
             raise NotReady(
                 f"the active set has version {answer.active_set_version}, which is below min_version",
@@ -99,12 +103,15 @@ async def classify(body: ClassifyIn, caller: ClassifyCaller, service: ServiceDep
     return {"results": results, "active_set_version": answer.active_set_version}
 
 
-async def _answer(request: Request, serving: Serving, fields: list[tuple[str, str]], deadline: float) -> Answer:
-    """Whoever stops waiting leaves the queue.
+async def _answer(
+    request: Request, serving: Serving, fields: list[tuple[str, str]], deadline: float, take: Callable[[], None]
+) -> Answer:
+    """Whoever stops waiting leaves the queue. ``take``: what it takes of the key's allowance, once there is a place.
 
-    Raises InvalidInput, DeadlineExceeded, NotReady, Overloaded, ClientGone.
+    Raises InvalidInput, DeadlineExceeded, NotReady, Overloaded, ClientGone, RateLimited.
     """
     with serving.place(len(fields), deadline) as put:  # before any work: what is refused costs nothing
+        take()  # nor its caller any allowance
         if sum(len(text) for _, text in fields) <= FEW_CHARACTERS:
             texts = encode_texts(serving, fields)
         else:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
-from app import lifecycle, report, report_page, report_pdf
+from app import report, report_page, report_pdf
+from app.audit_chain import AuditBroken
 from app.auth import ReaderCaller
 from app.deps import RequestId, ServiceDep
 from app.errors import Conflict, Forbidden, InvalidInput, NotFound, RateLimited, Unauthenticated
@@ -36,7 +37,7 @@ _RENDER: dict[ReportFormat, tuple[str, Callable[[Mapping[str, Any]], bytes]]] = 
                 "application/pdf": {"schema": {"type": "string", "format": "binary"}},
             },
         },
-        **problems(NotFound, Conflict),
+        **problems(NotFound, Conflict, AuditBroken),
     },
 )
 def get_report(
@@ -51,9 +52,7 @@ def get_report(
 
     The same bytes as long as nothing happens to the request. No text and no reason is in it. 409 while it is open.
     """
-    with service.sessions.begin() as session:  # the very first receipt makes the signing key
-        request = lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL))
-        document = report.build(session, service.vault, request)
+    document = report.build(service.sessions, service.vault, request_id, owner=caller.owner(*READS_ALL))
     media_type, render = _RENDER[report_format]
     headers = {"Content-Disposition": f'inline; filename="letheon-report-{request_id}.{report_format.value}"'}
     if report_format == ReportFormat.HTML:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio
@@ -13,9 +14,10 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from app import lifecycle, receipts
+from app import keys, lifecycle, receipts
+from app.audit_chain import AuditBroken
 from app.audit_schemas import SignedReceipt
-from app.auth import CancellingCaller, ReaderCaller, RequestsCaller
+from app.auth import Caller, CancellingCaller, ReaderCaller, RequestsCaller
 from app.deps import Limit, RequestCursor, RequestId, Service, ServiceDep
 from app.errors import (
     BodyTimeout,
@@ -38,7 +40,8 @@ from app.errors import (
 from app.failpoints import failpoint
 from app.keys import READS_ALL
 from app.problems import UnsupportedMediaType, problems
-from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage
+from app.request_filters import ID_PREFIX, RequestFilter
+from app.schemas import UnlearnRequestIn, UnlearnRequestOut, UnlearnRequestPage, UtcMoment
 from app.schemas_dry_run import DryRunOut
 from app.signing import canonical
 from app.submission import check_body, rehearse, submit
@@ -131,18 +134,45 @@ def create_unlearn_request(
     return made.request
 
 
+async def _filter(
+    id_prefix: Annotated[str | None, Query(pattern=ID_PREFIX, description="Ids that begin so.")] = None,
+    api_key_id: Annotated[
+        str | None,
+        Query(pattern=r"^key_[0-9a-f]{16}$", description="Asked by this key. Others than yours for who reads all."),
+    ] = None,
+    received_from: Annotated[UtcMoment | None, Query(description="The person asked then or later.")] = None,
+    received_before: Annotated[UtcMoment | None, Query(description="The person asked before that.")] = None,
+    due_before: Annotated[
+        UtcMoment | None, Query(description="Neither in force nor over, and due before that: of now, what is overdue.")
+    ] = None,
+) -> RequestFilter:
+    return RequestFilter(
+        id_prefix=id_prefix,
+        keys=None if api_key_id is None else (api_key_id,),
+        received_from=received_from,
+        received_before=received_before,
+        due_before=due_before,
+    )
+
+
 @router.get("/unlearn-requests", response_model=UnlearnRequestPage)
 def list_unlearn_requests(
     caller: ReaderCaller,
     service: ServiceDep,
+    where: Annotated[RequestFilter, Depends(_filter)],
     limit: Limit = 50,
     cursor: RequestCursor = None,
     state: Annotated[RequestState | None, Query()] = None,
 ) -> Any:
-    """Requests, newest first: the key's own, or all with `admin`, `auditor` or `approve`."""
+    """Requests, newest first: the key's own, or all with `admin`, `auditor` or `approve`.
+
+    All that is given must hold.
+    """
     owner = caller.owner(*READS_ALL)
     with service.sessions() as session:
-        items, next_cursor = lifecycle.list_requests(session, limit=limit, cursor=cursor, state=state, owner=owner)
+        items, next_cursor = lifecycle.list_requests(
+            session, limit=limit, cursor=cursor, state=state, where=where, owner=owner
+        )
     return {"items": items, "next_cursor": next_cursor}
 
 
@@ -156,13 +186,11 @@ def get_unlearn_request(caller: ReaderCaller, request_id: RequestId, service: Se
 @router.get(
     "/unlearn-requests/{request_id}/receipt",
     response_model=SignedReceipt,
-    responses=problems(NotFound, Conflict, KeyStoreAway),
+    responses=problems(NotFound, Conflict, AuditBroken, KeyStoreAway),
 )
 def get_receipt(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> Response:
     """What was done about a request, signed: the same bytes as long as nothing happens to it. 409 while it is open."""
-    with service.sessions.begin() as session:  # the very first receipt makes the signing key
-        request = lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL))
-        document = receipts.build(session, service.vault, request)
+    document = receipts.build(service.sessions, service.vault, request_id, owner=caller.owner(*READS_ALL))
     return Response(canonical(document), media_type="application/json")
 
 
@@ -181,15 +209,45 @@ def cancel_unlearn_request(caller: CancellingCaller, request_id: RequestId, serv
     return row
 
 
-def known_request(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> str:
+@dataclass(frozen=True)
+class _Followed:
+    """A request whose events somebody reads for as long as its key may."""
+
+    service: Service
+    key_id: str
+    request_id: str
+
+    def look(self, after: int) -> tuple[bool, list[RequestEvent]]:
+        """As ``read_events``. Raises Unauthenticated, Forbidden or NotFound once the key could not ask any more."""
+        with self.service.sessions() as session:
+            key = keys.in_force(session, self.key_id)
+            caller = Caller(key.id, frozenset(key.scopes), key.limits or {})
+            caller.require_any(("requests", *READS_ALL))
+            lifecycle.get_state(session, self.request_id, owner=caller.owner(*READS_ALL))
+        return read_events(self.service, self.request_id, after)
+
+
+async def a_stream(caller: ReaderCaller, service: ServiceDep) -> AsyncIterator[None]:
+    """A place for as long as the answer takes, also where its client vanishes. Raises RateLimited."""
+    with service.streams.one(caller.key_id):
+        yield
+
+
+def followed(caller: ReaderCaller, request_id: RequestId, service: ServiceDep) -> _Followed:
     """Checked before the stream starts, since after its first byte no 404 can be sent."""
     with service.sessions() as session:
-        return lifecycle.get_request(session, request_id, owner=caller.owner(*READS_ALL)).id
+        lifecycle.get_state(session, request_id, owner=caller.owner(*READS_ALL))
+    return _Followed(service, caller.key_id, request_id)
 
 
-@router.get("/unlearn-requests/{request_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))
+@router.get(
+    "/unlearn-requests/{request_id}/events",
+    response_class=EventSourceResponse,
+    responses=problems(NotFound),
+    dependencies=[Depends(a_stream)],
+)
 async def stream_unlearn_request_events(
-    request_id: Annotated[str, Depends(known_request)],
+    request: Annotated[_Followed, Depends(followed)],
     service: ServiceDep,
     last_event_id: Annotated[
         int | None, Header(alias="Last-Event-ID", ge=0, le=2**63 - 1, description="Resume behind this event.")
@@ -197,11 +255,15 @@ async def stream_unlearn_request_events(
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events `state` and `progress` from the start or behind `Last-Event-ID`.
 
-    The stream ends when the request is active or has ended. A comment is sent every 15 seconds of silence.
+    The stream ends when the request is active or has ended, and when the API key is revoked, expires or may no longer
+    see the request. A comment is sent every 15 seconds of silence. 429 while the key has as many open as it may.
     """
     after = last_event_id or 0
     while not service.stopping.is_set():
-        goes_on, events = await run_in_threadpool(read_events, service, request_id, after)
+        try:
+            goes_on, events = await run_in_threadpool(request.look, after)
+        except (Unauthenticated, Forbidden, NotFound):
+            return
         for event in events:
             after = event.id
             data = {"at": event.at.isoformat(), **event.data}
@@ -218,5 +280,5 @@ def read_events(service: Service, request_id: str, after: int) -> tuple[bool, li
     """A page of events, and whether more will come."""
     # The state first: its event is committed with it, so a final state seen here has its event in the list.
     with service.sessions() as session:
-        goes_on = lifecycle.get_request(session, request_id).state in GOES_ON
+        goes_on = lifecycle.get_state(session, request_id) in GOES_ON
         return goes_on, lifecycle.list_events(session, request_id, after=after, limit=EVENT_PAGE)

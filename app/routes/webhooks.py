@@ -108,7 +108,11 @@ def list_webhook_deliveries(
     responses=problems(NotFound, Conflict),
 )
 def redeliver(caller: ReaderCaller, webhook_id: WebhookId, delivery_id: DeliveryId, service: ServiceDep) -> Any:
-    """Send a message once more, whatever became of it; it keeps its id. One that waits for another attempt goes now."""
+    """Send a message once more, whatever became of it; it keeps its id. One that waits for another attempt goes now.
+
+    409 while it is being sent, while another message of the webhook is due, and within five seconds of the last that
+    was sent to it.
+    """
     with service.sessions.begin() as session:
         return webhooks.redeliver(session, webhook_id, delivery_id, of=caller.owner("admin"))
 

@@ -5,6 +5,7 @@ from letheon_client._client import Letheon
 from letheon_client._retries import ONCE, Retry
 from letheon_client._version import __version__
 from letheon_client._waiting import FINAL_STATES
+from letheon_client._webhooks import WebhookMessage, verify_webhook
 from letheon_client.errors import (
     CODES,
     ApiError,
@@ -14,6 +15,7 @@ from letheon_client.errors import (
     ForeignAnswer,
     InvalidAddress,
     InvalidArgument,
+    InvalidWebhook,
     LetheonClientError,
     NotFound,
     QuotaExceeded,
@@ -41,6 +43,7 @@ __all__ = [
     "ForgetText",
     "InvalidAddress",
     "InvalidArgument",
+    "InvalidWebhook",
     "Letheon",
     "LetheonClientError",
     "NotFound",
@@ -54,5 +57,7 @@ __all__ = [
     "Unavailable",
     "Unreachable",
     "WaitTimedOut",
+    "WebhookMessage",
     "__version__",
+    "verify_webhook",
 ]

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from letheon_client._async_transport import AsyncTransport
 from letheon_client._calls import (
@@ -21,6 +21,7 @@ from letheon_client._calls import (
     get,
     listed,
     moment,
+    narrowed,
     post,
     segment,
     submitted,
@@ -51,6 +52,7 @@ from letheon_client.types import (
     PublicKey,
     Report,
     ReportFormat,
+    RequestFilter,
     RequestState,
     RevokeCode,
     RevokedPrompt,
@@ -155,17 +157,23 @@ class AsyncLetheon:
         return await self._json(get(f"/unlearn-requests/{segment(request_id)}"), UnlearnRequest)
 
     async def list_requests(
-        self, *, limit: int = 50, cursor: str | None = None, state: RequestState | None = None
+        self,
+        *,
+        limit: int = 50,
+        cursor: str | None = None,
+        state: RequestState | None = None,
+        **where: Unpack[RequestFilter],
     ) -> UnlearnRequestPage:
         """A page, newest first."""
-        call = get("/unlearn-requests", limit=limit, cursor=cursor, state=state)
+        call = get("/unlearn-requests", limit=limit, cursor=cursor, state=state, **narrowed(where))
         return await self._json(call, UnlearnRequestPage)
 
     def iter_requests(
-        self, *, state: RequestState | None = None, page_size: int = 200
+        self, *, state: RequestState | None = None, page_size: int = 200, **where: Unpack[RequestFilter]
     ) -> AsyncIterator[UnlearnRequest]:
         """All of them, newest first; a page is asked for when it is needed."""
-        return self._items("/unlearn-requests", "cursor", UnlearnRequest, limit=page_size, state=state)
+        params = {"limit": page_size, "state": state, **narrowed(where)}
+        return self._items("/unlearn-requests", "cursor", UnlearnRequest, **params)
 
     async def cancel(self, request_id: str) -> UnlearnRequest:
         """A waiting request ends at once; a running one stops at its next step."""

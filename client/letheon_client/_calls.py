@@ -22,7 +22,7 @@ from letheon_client.errors import (
     Unreachable,
     error_class,
 )
-from letheon_client.types import FieldError, ForgetText, Submitted
+from letheon_client.types import FieldError, ForgetText, RequestFilter, Submitted
 
 T = TypeVar("T")
 
@@ -111,6 +111,13 @@ def moment(value: str | datetime | None) -> str | None:
     if value.utcoffset() is None:
         raise InvalidArgument("a time needs its zone, such as datetime.now(UTC) has")
     return value.isoformat()
+
+
+def narrowed(where: RequestFilter) -> dict[str, Any]:
+    """As parameters of a list. Raises InvalidArgument for a datetime without a zone."""
+    if unknown := sorted(set(where) - set(RequestFilter.__annotations__)):
+        raise TypeError(f"a list of requests is not narrowed by {', '.join(unknown)}")
+    return {name: moment(cast(str | datetime, value)) for name, value in where.items()}
 
 
 def addresses(given: str | Sequence[str]) -> tuple[str, ...]:

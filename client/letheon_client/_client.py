@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from time import sleep
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from letheon_client._calls import (
     DRY_RUN_SECONDS,
@@ -20,6 +20,7 @@ from letheon_client._calls import (
     get,
     listed,
     moment,
+    narrowed,
     post,
     segment,
     submitted,
@@ -51,6 +52,7 @@ from letheon_client.types import (
     PublicKey,
     Report,
     ReportFormat,
+    RequestFilter,
     RequestState,
     RevokeCode,
     RevokedPrompt,
@@ -153,15 +155,23 @@ class Letheon:
         return self._json(get(f"/unlearn-requests/{segment(request_id)}"), UnlearnRequest)
 
     def list_requests(
-        self, *, limit: int = 50, cursor: str | None = None, state: RequestState | None = None
+        self,
+        *,
+        limit: int = 50,
+        cursor: str | None = None,
+        state: RequestState | None = None,
+        **where: Unpack[RequestFilter],
     ) -> UnlearnRequestPage:
         """A page, newest first."""
-        call = get("/unlearn-requests", limit=limit, cursor=cursor, state=state)
+        call = get("/unlearn-requests", limit=limit, cursor=cursor, state=state, **narrowed(where))
         return self._json(call, UnlearnRequestPage)
 
-    def iter_requests(self, *, state: RequestState | None = None, page_size: int = 200) -> Iterator[UnlearnRequest]:
+    def iter_requests(
+        self, *, state: RequestState | None = None, page_size: int = 200, **where: Unpack[RequestFilter]
+    ) -> Iterator[UnlearnRequest]:
         """All of them, newest first; a page is asked for when it is needed."""
-        return self._items("/unlearn-requests", "cursor", UnlearnRequest, limit=page_size, state=state)
+        params = {"limit": page_size, "state": state, **narrowed(where)}
+        return self._items("/unlearn-requests", "cursor", UnlearnRequest, **params)
 
     def cancel(self, request_id: str) -> UnlearnRequest:
         """A waiting request ends at once; a running one stops at its next step."""

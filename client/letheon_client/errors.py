@@ -116,6 +116,10 @@ class WaitTimedOut(LetheonClientError, TimeoutError):
         self.request = request
 
 
+class InvalidWebhook(LetheonClientError, ValueError):
+    """``verify_webhook``: not signed with this secret, or too old. Answer 4xx, and believe none of it."""
+
+
 CODES: dict[str, type[ApiError]] = {
     "malformed-body": BadRequest,
     "body-timeout": BadRequest,

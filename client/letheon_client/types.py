@@ -7,6 +7,7 @@ server's OpenAPI document.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal, NotRequired, TypedDict
 
 RequestState = Literal[
@@ -46,6 +47,16 @@ class ForgetText(TypedDict):
 
     text: str
     label: NotRequired[str | None]
+
+
+class RequestFilter(TypedDict, total=False):
+    """What a list of requests is narrowed to; all that is given must hold. ``due_before``: not yet in force or over."""
+
+    id_prefix: str
+    api_key_id: str
+    received_from: str | datetime
+    received_before: str | datetime
+    due_before: str | datetime
 
 
 class TrainingOptions(TypedDict, total=False):

@@ -1,5 +1,6 @@
 "use strict";
-// What HTML and htmx cannot do: one click is one request, and a file that is too large is not sent.
+// What HTML and htmx cannot do: one click is one request, a file that is too large is not sent, and a status that says
+// what it said before is left alone.
 (() => {
   const busy = (form, button) => {
     form.setAttribute("aria-busy", "true");
@@ -14,6 +15,12 @@
     // An answer that is a file leaves the page as it is.
     if (event.submitter && event.submitter.value === "csv") return;
     busy(form, event.submitter);
+  });
+  const words = (node) => node.textContent.trim().replace(/\s+/g, " ");
+  document.addEventListener("htmx:oobBeforeSwap", (event) => {
+    const { target, fragment } = event.detail;
+    // A screen reader would say it once more.
+    if (target.getAttribute("role") === "status" && words(target) === words(fragment)) event.detail.shouldSwap = false;
   });
   window.addEventListener("pageshow", () => {
     for (const form of document.querySelectorAll("form[aria-busy]")) form.removeAttribute("aria-busy");
