@@ -100,10 +100,9 @@ class _Spares:
 
     def _empty(self, name: str) -> None:
         with psycopg.connect(_url(name).replace("+psycopg", ""), autocommit=True) as connection:
-            connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
+            # Closed first: what an earlier test left running comes back in the blink after its session is ended.
+            _open(name, False)
+            _end_sessions(connection, name)
             (size,) = connection.execute("SELECT pg_database_size(current_database())").fetchone() or (0,)
             fits = _schema(connection) == self._schema and size <= MOST_BYTES
             if fits:
@@ -115,7 +114,9 @@ class _Spares:
         # Under another name: what an earlier test left running must not write into a later one's.
         again = _name()
         with _admin() as admin:
+            _end_sessions(admin, name)  # one that was let in just before it was closed
             admin.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*map(sql.Identifier, (name, again))))
+        _open(again, True)
         self._all ^= {name, again}
         self._free.append(again)
 
@@ -171,6 +172,23 @@ def _create(template: str) -> str:
         # No test pulls the plug on this server, so none has to wait for its disk.
         admin.execute(sql.SQL("ALTER DATABASE {} SET synchronous_commit TO off").format(names[0]))
     return name
+
+
+def _open(name: str, to_new_sessions: bool) -> None:
+    with _admin() as admin:
+        admin.execute(
+            sql.SQL("ALTER DATABASE {} WITH ALLOW_CONNECTIONS {}").format(
+                sql.Identifier(name), sql.Literal(to_new_sessions)
+            )
+        )
+
+
+def _end_sessions(connection: psycopg.Connection, name: str) -> None:
+    """All in this database but the caller's; gone when this returns."""
+    connection.execute(
+        "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()",
+        [name],
+    )
 
 
 def _drop(name: str) -> None:
