@@ -19,6 +19,7 @@ from app.tables import (
     ActiveSet,
     DeliveryState,
     Evidence,
+    PendingShred,
     Prompt,
     PromptState,
     RequestState,
@@ -49,11 +50,12 @@ class Seen:
     overdue_seconds: float | None
     overdue: int = 0
     due_soon: int = 0
+    shred_seconds: float | None = None  # what is to be destroyed: since when, at the longest
     evidence: Mapping[str, int] = field(default_factory=dict)
 
 
 def observe(session: Session, now: datetime) -> Seen:
-    """Four grouped queries and one row; begins the transaction, which must be a new one, and only reads."""
+    """Four grouped queries and two rows; begins the transaction, which must be a new one, and only reads."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SET TRANSACTION READ ONLY"))
         session.execute(text(f"SET LOCAL statement_timeout = {STATEMENT_MILLISECONDS}"))
@@ -75,6 +77,7 @@ def observe(session: Session, now: datetime) -> Seen:
             func.min(func.coalesce(row.last_step_at, row.started_at)).label("last_step_at"),
             func.coalesce(func.sum(case((row.due_at <= now, 1))), 0).label("overdue"),
             func.coalesce(func.sum(case((row.due_at <= now + DUE_SOON, 1))), 0).label("due"),
+            func.min(case((row.shred_at <= now, row.shred_at))).label("shred_at"),
             running_steps("step").label("done"),
             running_steps("total_steps").label("planned"),
         ).group_by(row.state)
@@ -89,6 +92,8 @@ def observe(session: Session, now: datetime) -> Seen:
     message = WebhookDelivery
     sent = session.execute(select(message.state, func.count(), func.min(message.next_at)).group_by(message.state)).all()
     deliveries = {found[0]: found[1] for found in sent}
+
+    to_shred = [session.scalar(select(func.min(PendingShred.at))), *(found.shred_at for found in rows)]
 
     absent = Evidence.sealed.is_(None)
     made: dict[bool, int] = {bool(a): n for a, n in session.execute(select(absent, func.count()).group_by(absent))}
@@ -114,6 +119,7 @@ def observe(session: Session, now: datetime) -> Seen:
         overdue_seconds=ago(min((found[2] for found in sent if found[2] is not None), default=None)),
         overdue=sum(found.overdue for found in unfinished),
         due_soon=sum(found.due - found.overdue for found in unfinished),
+        shred_seconds=ago(min((moment for moment in to_shred if moment is not None), default=None)),
         evidence={"kept": made.get(False, 0), "absent": made.get(True, 0)},
     )
 
@@ -138,6 +144,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[Seen], float | None]], ...] = (
         "letheon_requests_due_soon",
         "Requests whose deadline is within seven days and that are neither active nor ended.",
         lambda seen: seen.due_soon,
+    ),
+    (
+        "letheon_shredding_overdue_seconds",
+        "How long texts have outlived their time, or a key share its shredding, at the longest; 0 when none has.",
+        lambda seen: seen.shred_seconds or 0.0,
     ),
     (
         "letheon_requests_attempts",

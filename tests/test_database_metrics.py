@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app import active_set, job_queue, keys, lifecycle, webhook_queue, webhooks
 from app.database_metrics import Seen, families, observe
-from app.tables import DeliveryState, PromptState, RequestState, UnlearnRequest, utcnow
+from app.tables import DeliveryState, PendingShred, PromptState, RequestState, UnlearnRequest, utcnow
 from app.terms import Terms
 from app.vault import Vault
 
@@ -100,6 +100,27 @@ def test_deadlines(sessions: Sessions, vault: Vault) -> None:
     assert (look(sessions, later=3 * 86400).overdue, look(sessions, later=3 * 86400).due_soon) == (2, 3)
     values = {family.name: [sample.value for sample in family.samples] for family in families(seen)}
     assert (values["letheon_requests_overdue"], values["letheon_requests_due_soon"]) == ([2], [2])
+
+
+def test_what_outlives_its_time(sessions: Sessions, vault: Vault) -> None:
+    kept, over = (submit(sessions, vault, f"text {i}") for i in range(2))
+    with sessions.begin() as session:
+        for request_id in (kept, over):
+            lifecycle.request_cancel(session, request_id, actor="test")
+        for request_id, hours in ((kept, 1), (over, -0.5)):
+            at = utcnow() + timedelta(hours=hours)
+            session.execute(update(UnlearnRequest).where(UnlearnRequest.id == request_id).values(shred_at=at))
+    assert look(sessions).shred_seconds == pytest.approx(1800, abs=20)
+    with sessions.begin() as session:
+        assert job_queue.shred_due(session) == [over]
+    assert look(sessions).shred_seconds is None
+    assert look(sessions, later=7200).shred_seconds == pytest.approx(3600, abs=20)
+    with sessions.begin() as session:
+        session.add(PendingShred(share_id=bytes(16), at=utcnow() - timedelta(days=1)))
+    seen = look(sessions)
+    assert seen.shred_seconds == pytest.approx(86400, abs=20)
+    values = {family.name: [sample.value for sample in family.samples] for family in families(seen)}
+    assert values["letheon_shredding_overdue_seconds"] == [seen.shred_seconds]
 
 
 def test_the_queue_age_begins_anew_with_the_wait(sessions: Sessions, vault: Vault) -> None:
@@ -211,13 +232,13 @@ def test_messages_to_webhooks(sessions: Sessions, vault: Vault) -> None:
     assert seen.overdue_seconds is None
 
 
-def test_a_reading_is_five_queries_and_cannot_write(
+def test_a_reading_is_six_queries_and_cannot_write(
     sessions: Sessions, vault: Vault, engine: Engine, statements: list[str]
 ) -> None:
     submit(sessions, vault)
     statements.clear()
     look(sessions)
-    assert len([said for said in statements if said.startswith("SELECT")]) == 5
+    assert len([said for said in statements if said.startswith("SELECT")]) == 6
     assert not [said for said in statements if said.startswith(("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE"))]
     if engine.dialect.name == "postgresql":
         with sessions() as session:
