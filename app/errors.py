@@ -93,6 +93,16 @@ class IdempotencyInFlight(LetheonError):
     status, code, title = 409, "idempotency-in-flight", "The first call with this Idempotency-Key is still under way"
 
 
+class HeadTooLarge(LetheonError):
+    status, code, title = 431, "head-too-large", "The request line and the headers are too large"
+
+
+class HeadTimeout(LetheonError):
+    """A request line or headers that do not arrive."""
+
+    status, code, title = 408, "head-timeout", "The request took too long"
+
+
 class BodyTimeout(LetheonError):
     """A body that does not arrive."""
 

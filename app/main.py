@@ -25,6 +25,7 @@ from app.deps import Service
 from app.dry_run import DryRuns
 from app.errors import LetheonError
 from app.event_streams import EventStreams
+from app.http_limits import bounded
 from app.key_lookups import KeyLookups
 from app.key_uses import KeyUses
 from app.metrics import Metrics
@@ -232,6 +233,8 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
             app,
             host=settings.host,
             port=settings.port,
+            http=bounded(settings.max_connections),
+            ws="none",  # there are none, and a library for them would have limits of its own
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=30,

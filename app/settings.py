@@ -64,6 +64,12 @@ class Settings(BaseSettings):
         default="127.0.0.1", description="Address to listen on; `0.0.0.0` listens on all, and TLS is a proxy's affair."
     )
     port: int = Field(default=8600, ge=0, le=65535, description="TCP port to listen on. 0: any free one.")
+    max_connections: int = Field(
+        default=2048,
+        ge=1,
+        description="Connections that may be open at one replica. One more takes an idle one's place, or is "
+        "answered 503.",
+    )
     first_key: bool = Field(
         default=True,
         description="Where no key is in force at the start, make one with every scope and print it to stderr. Turn it "

@@ -35,6 +35,8 @@ FAILURES = report.FAILURES | {
 HIDDEN = {"Problem", "FieldError"}
 """Schemas that have a page of their own."""
 ANYWHERE = {
+    "head-timeout": "Before a request is one.",
+    "head-too-large": "Before a request is one.",
     "cross-site": "The console's pages that change something.",
     "internal": "Any operation; the server's log has it under the answer's `X-Request-ID`.",
     "mode-mismatch": "Operations that name `not-ready`.",
