@@ -103,9 +103,11 @@ class Batcher(Generic[J, R]):
 
     @property
     def oldest(self) -> float:
-        """Seconds that the first in the queue has waited; 0 when none does."""
+        """Seconds that the first in the queue of those that teach and have a weight has waited; 0 when none does."""
         with self._condition:
-            return self._clock() - self._waiting[0].since if self._waiting else 0.0
+            since = (job.since for job in self._waiting if job.weight and self._teaches(job.item))
+            first = next(since, None)
+            return 0.0 if first is None else self._clock() - first
 
     @property
     def running(self) -> float:

@@ -23,8 +23,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
-from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("letheon.ray")
 
+_checks = CapacityLimiter(1)
 GRACEFUL_SECONDS = 40.0  # as uvicorn's 30 in `letheon serve`, and the model's end
 
 
@@ -78,7 +79,8 @@ class Letheon:
     """One replica."""
 
     async def check_health(self: HasApp) -> None:
-        await run_in_threadpool(check, self.app.state.service)  # it may wait for the database, the event loop must not
+        # It may wait for the database, and the event loop must not; nor may it wait behind routes that do.
+        await to_thread.run_sync(check, self.app.state.service, limiter=_checks)
 
 
 def number(name: str, default: float, least: float) -> float:
