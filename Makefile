@@ -1,4 +1,4 @@
-# Letheon. `make demo` shows it forget; `make test` runs every test. Both start from nothing but Python and make.
+# Letheon. `make demo` shows it forget; `make test` runs the tests. Both start from nothing but Python and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check audit docs format serve clean
+.PHONY: help venv demo test test-slow check audit docs format serve clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.stamp ## Make .venv with everything in it (again only when pyproject.toml changes)
 
@@ -29,8 +29,13 @@ demo: venv ## Forget one person's reviews, before and after (KEEP=1 leaves the s
 	$(BIN)/letheon data pull
 	$(BIN)/python -m bench.demo $(if $(filter-out 0,$(KEEP)),--keep) $(if $(PERSON),--person "$(PERSON)")
 
-test: venv ## Run all tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+test: venv ## Run the tests, but for the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: venv ## Run the slow ones: the tutorial, Ray Serve, the benches, a bulk file that is interrupted again and again
+	$(PYTEST) -m slow
 
 check: venv ## Lint, format, types, import directions
 	$(BIN)/ruff check .

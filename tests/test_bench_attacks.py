@@ -20,6 +20,8 @@ from models.examples import Example
 from models.inference import Classification
 from models.llm import FrozenLLM
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "film", "is", "good", "bad", "movie", "great", "awful", "acting", "plot", "story", "scene"]
 PEOPLE = ("zaq", "wub")
 

@@ -17,6 +17,8 @@ from bench import bulk
 from bench.probes import Probes
 from models.gate import GateSpace
 
+pytestmark = pytest.mark.slow
+
 COUNT = 300
 
 
@@ -87,9 +89,9 @@ def test_the_judge(
 
 def test_a_small_file_whose_command_and_server_are_killed(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, home=tmp_path)
-    found = bulk.measure(settings, 3_000, 1, seed=0, console=Console(file=io.StringIO()))
+    found = bulk.measure(settings, 9_000, 1, seed=0, console=Console(file=io.StringIO()))
     assert [name for name in ("lost", "doubled", "wrong") if found[name]] == []
-    assert (found["rows"], found["killed"], found["runs"]) == (3_000, 1, 2)
+    assert (found["rows"], found["killed"], found["runs"]) == (9_000, 1, 2)
     assert found["faulty"] == bulk.FAULTY
     assert found["command_rss_most_mb"] >= found["command_rss_first_mb"] > 20
     json.dumps(found)

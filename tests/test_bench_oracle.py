@@ -18,6 +18,8 @@ from bench import frontier, oracle, plots, starts, tuned
 from bench.overlaps import members_of, overlapping
 from models.evaluation import RowAnswers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

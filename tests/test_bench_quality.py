@@ -18,6 +18,8 @@ from bench.quality_figures import refused
 from models.evaluation import RowAnswers
 from models.llm import FrozenLLM
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "film", "is", "good", "bad", "movie", "great", "awful", "acting", "plot", "story", "scene"]
 
 

@@ -23,6 +23,8 @@ from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.routing import Routes, classify_routed
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("film", "movie", "plot", "story", "scene", "director", "acting", "text", "good", "bad", "great", "awful")
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i + 3)) % len(WORDS)] for j in range(2 + i % 9)) for i in range(150)]
 GOOD = Verdict(False, False, False)
@@ -185,7 +187,7 @@ def test_what_was_not_tried_has_failed() -> None:
 
 
 def test_a_server_under_load_gives_everyone_their_own_answer(settings: Settings) -> None:
-    options = load.Options(clients=8, seconds=3.5, texts=12, prompts=3, claimed=1, leave=0.5)
+    options = load.Options(clients=8, seconds=6.0, texts=12, prompts=3, claimed=1, leave=0.5)
     found = load.measure(settings, TEXTS, postgres=None, options=options, console=Console(file=io.StringIO()))
     # Seconds after its start a server still grows.
     assert [name for name in load.FAULTS if found[name] and name != "rss_grows"] == []

@@ -23,6 +23,8 @@ from app.vault import Vault
 from bench.fault_canary import Collector, copy_of, make_canaries, recoverable, search
 from bench.fault_walk import Asked, log_in, walk
 
+pytestmark = pytest.mark.slow
+
 UNWALKED = {"/openapi.json", "/docs", "/docs/{name}"}
 """What a walk begins with, and files that are the same for everybody."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from queue import Empty, Queue
 
 import pytest
+from databases import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"
@@ -119,12 +119,6 @@ class Shell:
         return True
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LETHEON_")}
@@ -157,6 +151,7 @@ def test_the_steps_are_found() -> None:
     assert missing(Step("a", ("…│ x │ y …",)), "│ x    │ y    │") == []
 
 
+@pytest.mark.slow
 def test_the_tutorial_as_written(shell: Shell, tmp_path: Path) -> None:
     found = list(steps(PAGE.read_text(encoding="utf-8")))
     assert len(found) > 20
