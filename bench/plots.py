@@ -282,6 +282,8 @@ def serving(found: dict[str, Any]) -> Any:
     left.set_xticks([x + 0.17 for x in range(4)], ways)
     left.set_ylabel("texts a second, in process")
     left.legend(frameon=False)
+    left.set_title(found["date"], fontsize="medium")
+    right.set_title(f"{found['date_http']}, maybe another machine", fontsize="medium")
     names = {"engine": "engine", "http": "HTTP", "http_unbatched": "HTTP,\none at a time"}
     right.bar(list(names.values()), [found[f"{name}_texts_per_second"] for name in names], 0.6)
     right.set_ylabel(f"texts a second, {found['clients']} clients")
