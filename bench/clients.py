@@ -283,7 +283,6 @@ async def _serve_trivial() -> None:
 
 async def _general(url: str, body: Mapping[str, Any], *, clients: int, seconds: float) -> int:
     """Requests that a general HTTP client makes in ``seconds``."""
-    end = time.perf_counter() + seconds
     done = 0
 
     async def one(client: httpx2.AsyncClient) -> None:
@@ -293,6 +292,7 @@ async def _general(url: str, body: Mapping[str, Any], *, clients: int, seconds: 
             done += 1
 
     async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
+        end = time.perf_counter() + seconds  # to make a client takes a while
         await asyncio.gather(*(one(client) for _ in range(clients)))
     return done
 

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from tiny_models import make_tiny_model
 
-from app import active_set, db, job_queue, keys, lifecycle, shredding
+from app import active_set, db, job_queue, key_lookups, keys, lifecycle, shredding
 from app.active_set import TrainedGate
 from app.deps import Service
 from app.lifecycle import ForgetText
@@ -36,6 +36,8 @@ from models.gate_fit import mean_direction
 from models.llm import FrozenLLM
 from models.soft_prompt import SoftPrompt
 from models.text_states import gate_layers, text_states
+
+key_lookups.SECONDS = 60.0  # a loaded machine may take longer than the product waits; tests of that set it back
 
 MARKER = "Zyxomma Quillfeather"
 """In texts of these tests, and to be found nowhere else."""
@@ -122,7 +124,7 @@ def listening(
 
     def stop() -> None:
         server.should_exit = True
-        thread.join(20)
+        thread.join(90)
         assert not thread.is_alive(), "the server did not stop"
 
     thread.start()
@@ -266,4 +268,8 @@ def take_database_away(service: Service, folder: Path) -> None:
         engine.dispose()
     for file in folder.glob("letheon.db*"):
         file.rename(file.with_name("moved-" + file.name))
-    (folder / "letheon.db").mkdir()
+    path = folder / "letheon.db"
+    while not path.is_dir():
+        path.unlink(missing_ok=True)  # of a thread that was about to connect
+        with suppress(FileExistsError):
+            path.mkdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from databases import database_kinds, fresh_database, postgres_admin_url, redis_url
+from databases import database_kinds, end_databases, fresh_database, postgres_admin_url, redis_url
 from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -23,8 +23,9 @@ from app.vault import Vault
 # Tiny models gain nothing from a second thread, and lose much to waiting for it on a machine that has other work.
 torch.set_num_threads(1)
 
-# Hypothesis would draw the same examples in every run where CI is set.
-hypothesis.settings.load_profile("default")
+# Hypothesis would draw the same examples in every run where CI is set. How long one takes is the machine's affair.
+hypothesis.settings.register_profile("letheon", hypothesis.settings.get_profile("default"), deadline=None)
+hypothesis.settings.load_profile("letheon")
 
 # No test pulls the plug, so none has to wait for a disk: temporary files go to memory where there is room.
 MEMORY = Path("/dev/shm")
@@ -58,6 +59,10 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # stable: the rest stays as it was
+
+
+def pytest_sessionfinish() -> None:
+    end_databases()
 
 
 def pytest_report_header() -> list[str]:

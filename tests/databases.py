@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +28,19 @@ MOST_BYTES = 64 * 2**20
 def listens(port: int) -> bool:
     """Whether a server listens on this port of the local machine."""
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
     except OSError:
         return False
     return True
+
+
+def free_port() -> int:
+    """Below those that the kernel gives out: it is bound later, and nobody is to get it by chance meanwhile."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = 20_000 + secrets.randbelow(12_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @lru_cache
@@ -44,7 +53,7 @@ def postgres_admin_url() -> str | None:
     for user in ("postgres", "root"):
         url = f"postgresql://{user}@127.0.0.1:5432/postgres"
         try:
-            psycopg.connect(url, connect_timeout=3).close()
+            psycopg.connect(url, connect_timeout=30).close()
         except psycopg.OperationalError:
             continue
         return url
@@ -84,9 +93,7 @@ class _Spares:
             ).fetchall()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="databases")
         self._free: list[str] = []
-        self._emptied: list[Future[None]] = []
         self._all = {self._template}
-        atexit.register(self._end)
 
     def take(self) -> str:
         with suppress(IndexError):  # the thread adds to it
@@ -96,7 +103,17 @@ class _Spares:
         return name
 
     def give_back(self, name: str) -> None:
-        self._emptied.append(self._thread.submit(self._empty, name))
+        self._thread.submit(self._empty_or_drop, name)
+
+    def _empty_or_drop(self, name: str) -> None:
+        try:
+            self._empty(name)
+        except psycopg.Error:  # whatever it is, no other test gets it
+            self._discard(name)
+
+    def _discard(self, name: str) -> None:
+        _drop(name)
+        self._all.discard(name)
 
     def _empty(self, name: str) -> None:
         with psycopg.connect(_url(name).replace("+psycopg", ""), autocommit=True) as connection:
@@ -108,33 +125,35 @@ class _Spares:
             if fits:
                 self._fill(connection)
         if not fits:
-            _drop(name)
-            self._all.discard(name)
+            self._discard(name)
             return
         # Under another name: what an earlier test left running must not write into a later one's.
         again = _name()
         with _admin() as admin:
             _end_sessions(admin, name)  # one that was let in just before it was closed
             admin.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(*map(sql.Identifier, (name, again))))
-        _open(again, True)
         self._all ^= {name, again}
+        _open(again, True)
         self._free.append(again)
 
     def _fill(self, connection: psycopg.Connection) -> None:
         with connection.transaction():
             connection.execute("SET LOCAL session_replication_role = replica")  # in whatever order
+            used = [table for table in self._first if self._first[table] or _has_rows(connection, table)]
+            # Not deleted: what came into the holes would not be read in the order in which it was written.
+            connection.execute(sql.SQL("TRUNCATE {} CASCADE").format(sql.SQL(", ").join(map(sql.Identifier, used))))
             for table, rows in self._first.items():
-                connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(table)))
+                if not rows:
+                    continue
                 with connection.cursor().copy(sql.SQL("COPY {} FROM STDIN").format(sql.Identifier(table))) as copy:
                     copy.write(rows)
             for sequence in self._sequences:
                 connection.execute("SELECT setval(%s::regclass, %s, %s)", sequence)
 
-    def _end(self) -> None:
-        for name in self._all:  # the thread has ended by now
+    def end(self) -> None:
+        self._thread.shutdown()
+        for name in self._all:
             _drop(name)
-        for emptied in self._emptied:
-            emptied.result()  # raises what went wrong
 
 
 @lru_cache
@@ -142,8 +161,19 @@ def _spares() -> _Spares:
     return _Spares()
 
 
+def end_databases() -> None:
+    """For the end of a session: a process of pytest-xdist has no time left at its own."""
+    if _spares.cache_info().currsize:
+        _spares().end()
+        _spares.cache_clear()
+
+
 def _tables(connection: psycopg.Connection) -> list[str]:
     return [name for (name,) in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+
+
+def _has_rows(connection: psycopg.Connection, table: str) -> bool:
+    return connection.execute(sql.SQL("SELECT 1 FROM {} LIMIT 1").format(sql.Identifier(table))).fetchone() is not None
 
 
 def _copied(connection: psycopg.Connection, table: str) -> bytes:
@@ -193,7 +223,7 @@ def _end_sessions(connection: psycopg.Connection, name: str) -> None:
 
 def _drop(name: str) -> None:
     with _admin() as admin:
-        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 def _admin() -> psycopg.Connection:

@@ -86,7 +86,7 @@ def test_a_broker_that_is_down_costs_no_request(database_url: str, tmp_path: Pat
             headers = api.key("requests")
             started = time.monotonic()
             created = api.submit(headers)
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 40
             assert api.client.get(f"/unlearn-requests/{created['id']}", headers=headers).json()["state"] == "pending"
             with api.service.sessions.begin() as session:
                 assert job_queue.ring_due(session, ring_seconds=60) == [created["id"]]

@@ -79,7 +79,7 @@ def test_another_key_approves(api: Api) -> None:
     assert len(list((api.service.settings.broker_dir / "messages").glob("*.msg"))) == before + 1
     assert_problem(decide(api, other, request_id, "approve"), 409, "conflict")
     with api.service.sessions() as session:
-        entries = [e for e in session.scalars(select(AuditEntry)) if e.subject == request_id]
+        entries = [e for e in session.scalars(select(AuditEntry).order_by(AuditEntry.seq)) if e.subject == request_id]
         assert entries[-1].actor == approved["approved_by"] and entries[-1].detail["why"] == "approved"
         audit.verify(session)
 

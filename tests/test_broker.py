@@ -97,7 +97,7 @@ def test_a_broker_that_is_down_costs_seconds_not_the_request(
         celery = broker.make_celery(Settings(home=tmp_path, LETHEON_BROKER_URL=url))  # type: ignore[call-arg]
         started = time.monotonic()
         assert not broker.enqueue_training(celery, REQUEST_ID, expires=60)
-        assert time.monotonic() - started < 12
+        assert time.monotonic() - started < 60  # not a hundred attempts
         assert REQUEST_ID in caplog.text
         assert "hunter2" not in caplog.text
         celery.close()

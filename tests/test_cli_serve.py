@@ -172,7 +172,7 @@ def test_restarts_are_spaced_out_and_stopping_ends_them(tmp_path: Path) -> None:
     supervisor.stop()
     starts = [float(line) for line in log.read_text().split()]
     gaps = [later - earlier for earlier, later in pairwise(starts)]
-    assert gaps[2] > gaps[0] > 0.1
+    assert all(gap > least for gap, least in zip(gaps, (0.1, 0.2, 0.4), strict=False))
     assert supervisor.pid is None
 
 

@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("browser")
     model = make_tiny_model(folder / "tiny")
     # Long enough to be watched; what it learns is no matter here.
-    knobs = {"max_steps": 250, "max_text_tokens": 64, "lease_seconds": 60, "first_key": False}
+    knobs = {"max_steps": 600, "max_text_tokens": 64, "lease_seconds": 60, "first_key": False}
     # Its gate may claim much: a model that was never trained tells texts apart badly.
     with deploy(folder / "site", model, max_false_claim_rate=0.3, max_total_claim_rate=1, **knobs) as site:
         yield site
@@ -52,7 +52,8 @@ def address(site: Site, worker: Process) -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
+        started = playwright.chromium.launch(executable_path=CHROMIUM, timeout=PATIENCE, args=flags)
         yield started
         started.close()
 

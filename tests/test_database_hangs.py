@@ -32,6 +32,11 @@ BODY = {"text": "good", "timeout_seconds": 1}
 FOREVER = 600.0
 
 
+@pytest.fixture(autouse=True)
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_lookups, "SECONDS", 3.0)
+
+
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     with fresh_database("postgresql", tmp_path) as found:
@@ -133,7 +138,7 @@ def log_in(api: Api, headers: dict[str, str]) -> Asked:
 def test_a_lock_leaves_nobody_without_an_answer(url: str, tmp_path: Path, table: str) -> None:
     with running(url, tmp_path, classify_deadline_seconds=1.0, active_set_poll_seconds=FOREVER) as api:
         headers = api.key()
-        assert api.client.post("/classify", json=BODY, headers=headers).status_code == 200
+        wait_until(lambda: api.client.post("/classify", json=BODY, headers=headers).status_code == 200)
         with locked(url, table):
             probes = [Asked(api, "GET", "/readyz") for _ in range(4)]  # more than there are threads for them
             call = Asked(api, "POST", "/classify", json=BODY, headers=headers)
@@ -150,8 +155,8 @@ def test_a_lock_leaves_nobody_without_an_answer(url: str, tmp_path: Path, table:
                 assert listed.answer().status_code == 200
             for probe in probes:  # whether anybody's key is known is not what they ask
                 assert probe.answer().status_code == (200 if table == "api_keys" else 503)
-        assert api.client.get("/readyz").status_code == 200
-        assert api.client.post("/classify", json=BODY, headers=headers).status_code == 200
+        wait_until(lambda: api.client.get("/readyz").status_code == 200)
+        wait_until(lambda: api.client.post("/classify", json=BODY, headers=headers).status_code == 200)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -210,7 +215,7 @@ def test_a_server_that_says_nothing_is_given_up(freezer: Freezer, tmp_path: Path
     """Neither its own timeouts end anything here, nor TCP's: its host takes every byte."""
     with running(freezer.url, tmp_path, classify_deadline_seconds=1.0, active_set_poll_seconds=FOREVER) as api:
         headers = api.key("classify")
-        assert api.client.post("/classify", json=BODY, headers=headers).status_code == 200
+        wait_until(lambda: api.client.post("/classify", json=BODY, headers=headers).status_code == 200)
         texts = api.service.serving.encode(["good"])
         freezer.freeze()
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import psycopg
 import pytest
+from api_kit import wait_until
 from databases import fresh_database, postgres_admin_url
 
 
@@ -26,11 +28,11 @@ def test_who_keeps_coming_back_is_shut_out_when_the_test_is_over(tmp_path: Path)
                 if "does not exist" in str(error):
                     last.append(str(error))
                     return
+                time.sleep(0.001)
 
     with fresh_database("postgresql", tmp_path) as url:
         guest = threading.Thread(target=come_back, daemon=True)
         guest.start()
-        while not sessions:
-            assert guest.is_alive()
+        wait_until(lambda: sessions > 0)
     guest.join(90)
     assert len(last) == 1 and url.rpartition("/")[2] in last[0]

@@ -163,8 +163,9 @@ def test_sigterm_hands_back_a_checkpoint_and_a_cancelled_request_is_shredded(sit
     # SIGINT, as Ctrl-C sends it, is as cooperative as SIGTERM.
     second = site.start_worker()
     step = site.wait_checkpoint(request_id, above=step)
+    wait_for(lambda: "ready." in second.output(), "a worker that hears signals")
     second.popen.send_signal(signal.SIGINT)
-    second.popen.wait(30)
+    second.popen.wait(120)
     row = site.request(request_id)
     assert (row.state, row.attempt) == ("pending", 0)
     step = site.checkpoint_step(request_id)

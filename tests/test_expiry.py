@@ -144,7 +144,8 @@ def test_the_reaper_ends_what_has_run_out_and_forgets_old_keys(sessions: Session
 
     wait_for(done, "the reaper")
     reaper.stop()
-    reaper.join(5)
+    reaper.join(60)
+    assert not reaper.is_alive()
     assert not died.is_set() and not reaper.crashed
     assert (state(sessions, active), state(sessions, waiting)) == ("revoked", "failed")
     with sessions() as session:

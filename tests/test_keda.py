@@ -63,9 +63,9 @@ def test_the_queries_count_what_waits_and_what_runs(url: str, sessions: sessionm
                     .where(UnlearnRequest.id == request)
                     .values(updated_at=earlier, created_at=earlier)
                 )
-        assert ask(connection, WAITING) == pytest.approx(900, abs=5)
+        assert 900 <= ask(connection, WAITING) < 960
         claim = must_take(sessions, first)
-        assert ask(connection, WAITING) == pytest.approx(60, abs=5)
+        assert 60 <= ask(connection, WAITING) < 120
         assert ask(connection, IN_TRAINING) == 1
         with sessions.begin() as session:
             lifecycle.start_evaluating(session, claim)
@@ -137,4 +137,3 @@ def test_the_queries_stay_cheap_with_many_requests(url: str) -> None:
             text = json.dumps(plan)
             assert "ix_unlearn_requests_state_id" in text and "Seq Scan" not in text, text
             assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 50
-            assert plan["Execution Time"] < 50  # milliseconds; usually a fraction of one

@@ -20,6 +20,11 @@ from app.tables import utcnow
 Sessions = sessionmaker[Session]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.key_lookups.SECONDS", 60.0)  # look-ups are held up here on purpose
+
+
 def make_key(sessions: Sessions, name: str) -> tuple[str, str]:
     """Its id, and what a caller presents."""
     with sessions.begin() as session:

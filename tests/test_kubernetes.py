@@ -294,7 +294,7 @@ def test_pods_wait_for_the_migration(tmp_path: Path) -> None:
             finally:
                 os.killpg(waiting.pid, signal.SIGKILL)  # its `sleep` too
         db.upgrade(url)
-        assert run_init("letheon-api", "migrated", {"DATABASE_URL": url}, tmp_path, 60).returncode == 0
+        assert run_init("letheon-api", "migrated", {"DATABASE_URL": url}, tmp_path, 300).returncode == 0
 
 
 def test_the_collector_of_the_example_is_within_reach() -> None:

@@ -119,7 +119,9 @@ def test_cancel_waiting_running_and_ended(sessions: Sessions, vault: Vault) -> N
             assert request.wrapped_key is request.sealed_texts is None
         assert session.scalar(select(func.count()).select_from(Checkpoint)) == 0
         assert active_set.get_prompt(session, prompt).state == "active"
-        asked = [row.action for row in session.scalars(select(AuditEntry)) if row.subject == running]
+        asked = [
+            row.action for row in session.scalars(select(AuditEntry).order_by(AuditEntry.seq)) if row.subject == running
+        ]
         assert asked.count("request.cancel_requested") == 1
 
 
@@ -172,7 +174,7 @@ class Requests(RuleBasedStateMachine):
         self.texts.append(text)
         return request_id
 
-    @rule(target=claims, request_id=requests, lease=st.sampled_from([60, -1]))
+    @rule(target=claims, request_id=requests, lease=st.sampled_from([1800, -1]))
     def claim(self, request_id: str, lease: float) -> object:
         claim = take(self.sessions, request_id, lease=lease)
         if claim is None:
@@ -184,7 +186,7 @@ class Requests(RuleBasedStateMachine):
 
     @rule(claim=claims)
     def heartbeat(self, claim: Claim) -> None:
-        if self.as_worker(claim, lambda session: job_queue.heartbeat(session, claim, lease_seconds=60)):
+        if self.as_worker(claim, lambda session: job_queue.heartbeat(session, claim, lease_seconds=1800)):
             self.expired.discard(claim.request_id)
 
     @rule(claim=claims)
@@ -216,7 +218,7 @@ class Requests(RuleBasedStateMachine):
     @rule(request_id=requests)
     def see_through(self, request_id: str) -> None:
         """Both at once: by chance alone a claim and its activation seldom meet, least of all undecided."""
-        claim = take(self.sessions, request_id)
+        claim = take(self.sessions, request_id, lease=1800)
         if claim is not None:
             self.holder[request_id] = claim
             self.expired.discard(request_id)

@@ -263,7 +263,11 @@ def test_keys_and_webhooks_that_have_ended_stay_so(
         with back() as session:
             assert [key.id for key in keys.list_keys(session) if key.revoked_at] == [gone]
             assert session.scalars(select(Webhook.id).where(Webhook.disabled_at.is_not(None))).all() == [ended_hook]
-            entries = [e for e in session.scalars(select(AuditEntry)) if e.subject in (gone, ended_hook)]
+            entries = [
+                e
+                for e in session.scalars(select(AuditEntry).order_by(AuditEntry.seq))
+                if e.subject in (gone, ended_hook)
+            ]
             assert [(e.action, e.actor) for e in entries[-2:]] == [
                 ("key.revoked", "system"),
                 ("webhook.disabled", "system"),

@@ -48,7 +48,11 @@ def revoke(api: Api, headers: dict[str, str], prompt_id: str, **body: Any) -> ht
 def entries(api: Api, subject: str) -> list[tuple[str, dict[str, Any]]]:
     with api.service.sessions() as session:
         audit.verify(session)
-        return [(e.action, e.detail) for e in session.scalars(select(AuditEntry)) if e.subject == subject]
+        return [
+            (e.action, e.detail)
+            for e in session.scalars(select(AuditEntry).order_by(AuditEntry.seq))
+            if e.subject == subject
+        ]
 
 
 def test_the_code_is_audited_and_the_reason_is_not(api: Api) -> None:

@@ -157,7 +157,11 @@ def test_restore_brings_back_exactly_an_earlier_set(sessions: Sessions, vault: V
             assert active_set.open_prompt(vault, active_set.get_prompt(session, prompt)) == data
         after = {row.id: row.finished_at for row in session.scalars(select(UnlearnRequest))}
         assert finished.items() <= after.items()  # the training ended when it ended
-        entries = [row for row in session.scalars(select(AuditEntry)) if row.action == "active_set.restored"]
+        entries = [
+            row
+            for row in session.scalars(select(AuditEntry).order_by(AuditEntry.seq))
+            if row.action == "active_set.restored"
+        ]
         assert [row.detail["restored"] for row in entries] == [1, 3, 0, 2]
         assert "too much" not in repr([row.detail for row in session.scalars(select(AuditEntry))])
         audit.verify(session)

@@ -262,4 +262,5 @@ def test_many_at_once_leave_nothing(sessions: Sessions, vault: Vault, path: Path
     assert errors == []
     with sessions() as session:
         assert session.scalars(select(Prompt.state)).all() == ["revoked"] * len(prompts)
+    chores.shred_due(sessions, vault)  # one may have been in another's way: the rest is the reaper's
     assert left(path, values) == set()

@@ -300,6 +300,7 @@ def test_by_setting_to_a_real_collector(tmp_path: Path, monkeypatch: pytest.Monk
     collector = Collector()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")  # all in one message, at the end
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
     try:
         with running(f"sqlite:///{tmp_path}/letheon.db", tmp_path, traces=True) as api:

@@ -415,7 +415,7 @@ def test_a_database_error_that_stays_is_not_tried_for_ever(context: Context) -> 
     began = time.monotonic()
     with Heartbeat(context.sessions, claim, lease_seconds=60, every=1) as heartbeat, pytest.raises(DBAPIError):
         Job(brief, claim, heartbeat).commit(lambda session: session.execute(text("SELECT 1 FROM nowhere")))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 # --- a prompt that fails its checks ----------------------------------------------------------------------------------
@@ -495,14 +495,14 @@ def test_a_worker_that_takes_over_goes_on_with_the_same_try(context: Context) ->
 @pytest.fixture
 def running(context: Context) -> Iterator[tuple[Context, str, threading.Thread]]:
     """A job without an end in a thread, in mid-training."""
-    endless = changed(context, checkpoint_seconds=0.1)
+    endless = changed(context, checkpoint_seconds=0.1, lease_seconds=60)
     request_id = submit(context, max_steps=1_000_000)
     thread = threading.Thread(target=run_job, args=(endless, request_id))
     thread.start()
     wait_for(lambda: progress(context, request_id), "progress")
     yield endless, request_id, thread
     endless.stop.set()
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
 
 
@@ -510,7 +510,7 @@ def test_a_cancellation_stops_the_training_and_shreds(running: tuple[Context, st
     context, request_id, thread = running
     with context.sessions.begin() as session:
         lifecycle.request_cancel(session, request_id, actor="test")
-    thread.join(20)
+    thread.join(120)
     row = request(context, request_id)
     assert row.state == "cancelled" and row.wrapped_key is None and row.sealed_texts is None
 
@@ -520,7 +520,7 @@ def test_a_shutdown_hands_the_request_back_with_its_checkpoint(
 ) -> None:
     context, request_id, thread = running
     context.stop.set()
-    thread.join(20)
+    thread.join(120)
     row = request(context, request_id)
     assert (row.state, row.attempt, row.lease_owner) == ("pending", 0, None)
     claim = take(context, request_id)
@@ -537,7 +537,7 @@ def test_a_job_whose_request_was_taken_writes_nothing_more(
         row = lifecycle.lock_request(session, request_id)
         row.attempt, row.lease_owner = row.attempt + 1, "another"
     count = len(progress(context, request_id))
-    thread.join(20)
+    thread.join(120)
     assert "lost its lease" in caplog.text
     row = request(context, request_id)
     assert (row.state, row.lease_owner) == ("training", "another") and len(progress(context, request_id)) == count
@@ -558,7 +558,7 @@ def test_a_database_restart_does_not_end_the_job(
         for _ in range(5):
             with psycopg.connect(database_url, autocommit=True) as admin:
                 admin.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
                     "WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
             time.sleep(0.2)

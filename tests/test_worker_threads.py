@@ -28,14 +28,19 @@ def make_reaper(sessions: Sessions, rung: list[str], died: threading.Event, *, a
 
 
 def test_the_heartbeat_keeps_a_lease(sessions: Sessions, vault: Vault) -> None:
-    claim = must_take(sessions, submit(sessions, vault), lease=0.6)
-    with Heartbeat(sessions, claim, lease_seconds=0.6, every=0.1) as heartbeat:
-        time.sleep(1.2)
+    claim = must_take(sessions, submit(sessions, vault), lease=60)
+
+    def until() -> float:
+        with sessions() as session:
+            at = lifecycle.get_request(session, claim.request_id).lease_expires_at
+        assert at is not None
+        return at.timestamp()
+
+    first = until()
+    with Heartbeat(sessions, claim, lease_seconds=60, every=0.1) as heartbeat:
+        wait_for(lambda: until() > first + 0.5, "a longer lease")
         with sessions.begin() as session:
             lifecycle.hold(session, claim)
-        with sessions() as session:
-            row = lifecycle.get_request(session, claim.request_id)
-        assert row.lease_expires_at is not None and row.lease_expires_at.timestamp() > time.time()
         assert not heartbeat.lost.is_set() and not heartbeat.cancelled.is_set()
 
 
@@ -44,7 +49,7 @@ def test_the_heartbeat_hears_a_cancellation(sessions: Sessions, vault: Vault) ->
     with Heartbeat(sessions, claim, lease_seconds=5, every=0.05) as heartbeat:
         with sessions.begin() as session:
             lifecycle.request_cancel(session, claim.request_id, actor="test")
-        assert heartbeat.cancelled.wait(5) and not heartbeat.lost.is_set()
+        assert heartbeat.cancelled.wait(60) and not heartbeat.lost.is_set()
 
 
 def test_the_heartbeat_notices_a_successor(sessions: Sessions, vault: Vault) -> None:
@@ -53,16 +58,16 @@ def test_the_heartbeat_notices_a_successor(sessions: Sessions, vault: Vault) -> 
     time.sleep(0.05)
     must_take(sessions, request_id, owner="w2")
     with Heartbeat(sessions, claim, lease_seconds=5, every=0.05) as heartbeat:
-        assert heartbeat.lost.wait(5)
+        assert heartbeat.lost.wait(60)
 
 
 def test_a_dead_database_is_borne_until_the_lease_would_have_run_out(tmp_path: Path) -> None:
     claim = lifecycle.Claim("req_x", 1, "w1#1")
     began = time.monotonic()
-    with Heartbeat(dead_database(tmp_path), claim, lease_seconds=0.8, every=0.1) as heartbeat:
+    with Heartbeat(dead_database(tmp_path), claim, lease_seconds=3, every=0.1) as heartbeat:
         assert not heartbeat.lost.wait(0.5)
-        assert heartbeat.lost.wait(5)
-    assert time.monotonic() - began >= 0.8
+        assert heartbeat.lost.wait(60)
+    assert time.monotonic() - began >= 3
 
 
 def test_the_reaper_rings_and_reclaims(sessions: Sessions, vault: Vault) -> None:
@@ -75,7 +80,7 @@ def test_the_reaper_rings_and_reclaims(sessions: Sessions, vault: Vault) -> None
     reaper.start()
     wait_for(lambda: rung.count(waiting) >= 2 and stuck in rung, "rings")
     reaper.stop()
-    reaper.join(5)
+    reaper.join(60)
     assert not died.is_set() and not reaper.crashed
     assert state(sessions, stuck) == "pending"
 
@@ -97,7 +102,7 @@ def test_a_failing_round_is_not_the_end_of_the_reaper(tmp_path: Path) -> None:
     time.sleep(0.5)
     assert reaper.is_alive() and not died.is_set()
     reaper.stop()
-    reaper.join(5)
+    reaper.join(60)
 
 
 def test_a_bug_in_the_reaper_is_announced(sessions: Sessions, vault: Vault, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,8 +114,8 @@ def test_a_bug_in_the_reaper_is_announced(sessions: Sessions, vault: Vault, capl
 
     reaper = Reaper(sessions, broken, every=0.05, ring_seconds=1, max_attempts=3, on_death=died.set)
     reaper.start()
-    assert died.wait(5) and reaper.crashed
-    reaper.join(5)
+    assert died.wait(60) and reaper.crashed
+    reaper.join(60)
     assert "ValueError <" in caplog.text and "must not be logged" not in caplog.text
 
 
@@ -130,7 +135,7 @@ def test_the_trainer_takes_the_oldest_first_and_goes_on_without_a_ring(sessions:
     trainer.ring()
     wait_for(lambda: done == [first, second, third], "the bell to be heard")
     trainer.stop()
-    trainer.join(5)
+    trainer.join(60)
     assert not trainer.is_alive()
 
 
@@ -143,8 +148,10 @@ def test_the_trainer_does_not_spin_on_a_request_it_cannot_have(sessions: Session
 
     submit(sessions, vault)
     trainer = Trainer(sessions, job, every=0.2, on_death=lambda: None)
+    began = time.monotonic()
     trainer.start()
-    time.sleep(1)
+    wait_for(lambda: len(tried) >= 3, "tries")
     trainer.stop()
-    trainer.join(5)
-    assert 2 <= len(tried) <= 6
+    trainer.join(60)
+    assert not trainer.is_alive()
+    assert len(tried) <= 2 + (time.monotonic() - began) / 0.2

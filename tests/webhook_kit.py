@@ -106,7 +106,7 @@ def receiving(
 
 
 def settings(**changes: Any) -> Settings:
-    values = {"webhook_private": True, "webhook_timeout_seconds": 5.0, "webhook_attempts": 3}
+    values = {"webhook_private": True, "webhook_timeout_seconds": 30.0, "webhook_attempts": 3}
     return Settings(_env_file=None, **{**values, **changes})
 
 

@@ -135,7 +135,7 @@ class Process:
         self.popen.kill()
         self.popen.wait(60)
 
-    def terminate(self, seconds: float = 30.0) -> int:
+    def terminate(self, seconds: float = 120.0) -> int:
         """SIGTERM; returns the exit status."""
         self.popen.send_signal(signal.SIGTERM)
         return self.popen.wait(seconds)
@@ -244,7 +244,7 @@ class Site:
         with self.sessions() as session:
             return session.scalar(select(Checkpoint.step).where(Checkpoint.request_id == request_id))
 
-    def wait_state(self, request_id: str, *states: str, seconds: float = 60.0) -> UnlearnRequest:
+    def wait_state(self, request_id: str, *states: str, seconds: float = 300.0) -> UnlearnRequest:
         def probe() -> UnlearnRequest | None:
             request = self.request(request_id)
             return request if request.state in states else None
@@ -299,7 +299,7 @@ def deploy(home: Path, model: Path, **knobs: Any) -> Iterator[Site]:
         "max_retain_drop": 1,
         "max_class_drop": 1,
         "max_neighbour_drop": 1,
-        "lease_seconds": 2,
+        "lease_seconds": 6,
         "heartbeat_seconds": 0.5,
         "reaper_seconds": 0.5,
         "ring_seconds": 5,
