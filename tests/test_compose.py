@@ -80,6 +80,7 @@ def test_secrets_come_from_the_environment_and_must_be_set(compose: dict[str, An
 def test_every_setting_that_is_named_exists(compose: dict[str, Any]) -> None:
     known = {f"LETHEON_{name.upper()}" for name in Settings.model_fields} | {"DATABASE_URL", "BROKER_URL"}
     others = {"HF_HOME", "POSTGRES_PASSWORD", "PIP_ARGS", "LETHEON_URL", "LETHEON_BIND", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+    others.add("OMP_NUM_THREADS")  # every process reads it
     named = {name for service in LETHEON for name in compose["services"][service]["environment"]}
     named |= set(load("docker-compose.gpu.yml")["services"]["api"]["environment"])
     named |= set(re.findall(r"^#? ?([A-Z_]+)=", (ROOT / ".env.example").read_text(), flags=re.MULTILINE))
