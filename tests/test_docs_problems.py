@@ -14,7 +14,7 @@ from app.errors import LetheonError
 from docs import generate_api
 
 ROOT = Path(__file__).resolve().parent.parent
-HANDLERS = ("app.routes", "app.console", "app.middleware", "app.problems")
+HANDLERS = ("app.routes", "app.console", "app.middleware", "app.problems", "app.http_limits")
 CAUGHT = {"receipt-invalid": "app.console.receipt_check", "not-configured": "app.dry_run"}
 """Raised below this module alone, which catches it and says so in words of its own."""
 UNHEARD = {"client-gone"}
