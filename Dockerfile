@@ -23,6 +23,8 @@ RUN groupadd --gid 10001 letheon \
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /srv/letheon /srv/letheon
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LETHEON_HOME=/var/lib/letheon
+# What `sslrootcert=system` means: psycopg's own OpenSSL looks into a folder of its build, which no image has.
+ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 WORKDIR /srv/letheon
 USER letheon
 VOLUME /var/lib/letheon

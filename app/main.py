@@ -53,7 +53,9 @@ from app.serving import Serving
 from app.settings import Settings
 from app.tables import ApiKey
 from app.vault import Vault
+from models.compiling import compile_where_it_pays
 from models.errors import ModelError
+from models.inference import BATCH
 from models.llm import FrozenLLM
 
 READERS = 6  # connections: two look-ups of keys, the model's thread, who watches the active set, two probes
@@ -171,7 +173,7 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     readers = db.make_engine(url, pool_size=READERS, max_overflow=0, pool_timeout=db.LOCK_SECONDS)
     stack.callback(readers.dispose)
     reads = db.make_sessions(readers)
-    model = llm if llm is not None else in_passing(lambda: FrozenLLM.load(**load_arguments(settings)))
+    model = in_passing(lambda: _model(settings, llm))
     serving = Serving(model, reads, vault, settings, counts, alone=alone)
     stack.callback(serving.close)
     rates, key_uses = RateLimits(settings), KeyUses(sessions)
@@ -205,6 +207,14 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
         dry_runs,
         stopping=asyncio.Event(),
     )
+
+
+def _model(settings: Settings, llm: FrozenLLM | None) -> FrozenLLM:
+    """In a thread with all cores: what is compiled is for that number of threads."""
+    model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
+    if settings.compile:
+        compile_where_it_pays(model, rows=min(BATCH, settings.max_batch_texts))
+    return model
 
 
 async def _model_error(request: Request, exc: Exception) -> Response:

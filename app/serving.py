@@ -27,7 +27,7 @@ from app.tracebacks import where
 from app.vault import Vault
 from models.device import PROBE, is_lost
 from models.errors import ModelError, NotFinite
-from models.inference import Classification, Classifier, Encoded
+from models.inference import Classification, Classifier, Encoded, rows_of_a_pass
 from models.llm import FrozenLLM
 from models.routing import classify_routed
 
@@ -95,9 +95,12 @@ class Serving:
         self._settings = settings
         self._widest = settings.num_virtual_tokens
         self._sessions, self._vault = sessions, vault
-        self._classifier = Classifier(llm, before_pass=lambda: self._batcher.step())
+        self._classifier = Classifier(
+            llm, before_pass=lambda: self._batcher.step(), prefix_bytes=settings.prefix_cache_bytes
+        )
+        self._rows = rows_of_a_pass(llm, settings.max_batch_texts)
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
-        self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode)
+        self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode, device=llm.device)
         self._max_prompts = settings.max_prompts_per_query
         keep_memory()  # the batcher starts the model's thread
         cores = torch.get_num_threads()
@@ -252,13 +255,20 @@ class Serving:
 
     def _answers(self, stack: Stack, texts: list[Encoded]) -> list[Classification]:
         if stack.routes is None:
-            answers = self._classifier.classify(texts, stack.prompts)
+            answers = self._classifier.classify(texts, stack.prompts, batch_size=self._rows)
             abstained = sum(answer.abstained for answer in answers) if stack.prompts else 0
             cleared = len(answers) - abstained if stack.prompts else 0
             base = 0 if stack.prompts else len(answers)
             self._metrics.answers(base=base, claimed=cleared, prompted_abstained=abstained, certain=0, guarded=0)
             return answers
-        routed = classify_routed(self._classifier, stack.routes, texts, digest=None, max_prompts=self._max_prompts)
+        routed = classify_routed(
+            self._classifier,
+            stack.routes,
+            texts,
+            digest=None,
+            max_prompts=self._max_prompts,
+            batch_size=self._rows,
+        )
         self._metrics.answers(**outcomes(routed))
         return [found.answer for found in routed]
 

@@ -102,6 +102,17 @@ class Settings(BaseSettings):
     max_batch_texts: int = Field(
         default=64, ge=1, le=16_384, description="Texts that wait together and run together. 1: no batching."
     )
+    prefix_cache_bytes: int = Field(
+        default=256 * 2**20,
+        ge=0,
+        description="Bytes of the prompts' keys and values that are kept between batches. A prompt that claims a text "
+        "and whose are not there costs a pass of one row first. `docs/sizing.md` has their size.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="At a server's start, try the layers under `torch.compile` beside the plain ones, and keep what is "
+        "quicker on this machine: minutes, and a C++ compiler. Says in its log what it measured.",
+    )
     classify_deadline_seconds: float = Field(
         default=30.0,
         gt=0,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from sqlalchemy.orm import Session
 
 from app import active_set
@@ -42,10 +43,13 @@ class Stack:
 
 
 class StackReader:
-    """Reads the active set; what the last one already held is not read again, and what it held alone is let go."""
+    """Reads the active set; what the last one already held is not read again, and what it held alone is let go.
 
-    def __init__(self, vault: Vault, *, fingerprint: str, mode: Mode) -> None:
-        self._vault, self._fingerprint, self._mode = vault, fingerprint, mode
+    ``device``: where the gates are scored.
+    """
+
+    def __init__(self, vault: Vault, *, fingerprint: str, mode: Mode, device: torch.device | str = "cpu") -> None:
+        self._vault, self._fingerprint, self._mode, self._device = vault, fingerprint, mode, device
         self._stack: Stack | None = None
         self._held: dict[str, tuple[SoftPrompt, Gate | None]] = {}
         self._spaces: dict[str, GateSpace] = {}
@@ -95,7 +99,7 @@ class StackReader:
         if self._mode == Mode.ROUTED:
             gates = [held[member.id][1] for member in members]
             pairs = [Route(prompt, gate) for prompt, gate in zip(prompts, gates, strict=True) if gate is not None]
-            routes = Routes(pairs, spaces, fingerprint=self._fingerprint)
+            routes = Routes(pairs, spaces, fingerprint=self._fingerprint, device=self._device)
         self._held = held
         self._spaces = spaces
         return Stack(view, tuple(members), prompts, routes)

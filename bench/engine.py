@@ -13,13 +13,13 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from bench.training import concatenated
-from models.gate import NEVER, Gate, fit_space
+from models.gate import MAX_RANK, NEVER, Gate, fit_space
 from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.passes import by_length
 from models.routing import Route, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
-from models.text_states import gate_layers, text_states
+from models.text_states import gate_layers
 
 TOKENS = 30
 PEFT_ROWS = (16, 32, 64)
@@ -45,14 +45,19 @@ def prompt(llm: FrozenLLM, seed: int) -> SoftPrompt:
     return SoftPrompt(llm.embed(ids.to(llm.device)).detach().float().cpu(), llm.fingerprint)
 
 
-def routes(llm: FrozenLLM, texts: Sequence[str], *, claimed: bool) -> Routes:
-    """One request, whose gate claims every query or none."""
-    states = text_states(llm, texts)
-    space = fit_space(states, len(gate_layers(llm)), fingerprint=llm.fingerprint)
+def routes(llm: FrozenLLM, *, claimed: bool) -> Routes:
+    """One request, whose gate claims every query or none, in a space of the rank that a service has.
+
+    Of random states: what they say has no say in what it costs.
+    """
+    layers = len(gate_layers(llm))
+    states = torch.randn(MAX_RANK + 1, layers * llm.hidden_size, generator=torch.Generator().manual_seed(0))
+    space = fit_space(states, layers, fingerprint=llm.fingerprint)
     direction = space.points(states[:1])
     none = torch.empty(0, 32, dtype=torch.uint8)
     gate = Gate(direction, -2.0 if claimed else 1.5, NEVER, none, space.digest)
-    return Routes([Route(prompt(llm, 0), gate)], {space.digest: space}, fingerprint=llm.fingerprint)
+    route = Route(prompt(llm, 0), gate)
+    return Routes([route], {space.digest: space}, fingerprint=llm.fingerprint, device=llm.device)
 
 
 class Peft:
@@ -118,8 +123,7 @@ def ways(llm: FrozenLLM, turns: Sequence[Sequence[str]], size: int) -> tuple[dic
     }
     tried = [rows for rows in PEFT_ROWS if rows <= size] or [size]
     best = {name: quickest(partial(model.answers, turns[0]), tried) for name, model in peft.items()}
-    some = [text for texts in turns for text in texts][:256]
-    routed = {f"routed_{name}": routes(llm, some, claimed=name == "claimed") for name in ("unclaimed", "claimed")}
+    routed = {f"routed_{name}": routes(llm, claimed=name == "claimed") for name in ("unclaimed", "claimed")}
 
     def own(stack: Sequence[SoftPrompt]) -> Way:
         return lambda n: classifier.classify(turns[n], stack, batch_size=size)

@@ -12,7 +12,8 @@ than two standard errors above none at all. (Not above 1 % by two errors: a nois
 slope above 1 % that noise may have made is neither: ``rss_undecided``, and a longer run is needed to tell.
 
 Ends with one JSON line; exit status 1 where a status was 5xx (other than 503 with Retry-After), a connection broke, a
-label was wrong or memory grows. ``--json`` prints the recorded result and computes nothing.
+label was wrong or memory grows, 2 where only that is undecided. ``--json`` prints the recorded result and computes
+nothing.
 """
 
 from __future__ import annotations
@@ -254,7 +255,9 @@ def main() -> int:
         record(args, result)
     else:
         print(json.dumps(result))
-    return int(any(result[name] for name in FAULTS))
+    if any(result[name] for name in FAULTS):
+        return 1
+    return 2 if result["rss_undecided"] else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ FURTHEST = 0.9  # cosine of two texts that a gate still tells apart whatever bat
 MARGINS: dict[Quantization, float] = {"none": 0.01, "int8": 0.2, "nf4": 0.2}
 """How far the best answer's probability is above the second: the last bits of an answer, and with quantized weights
 some before them, depend on its batch."""
+MARGIN_BFLOAT16 = 0.2  # whatever the weights are quantized to
 
 
 class NoProbes(Exception):
@@ -117,7 +118,7 @@ def find_probes(
     """
     llm = FrozenLLM.load(**load_arguments(settings))
     limit = llm.text_limit(settings.max_text_tokens, settings.num_virtual_tokens)
-    margin = MARGINS[settings.quantization]
+    margin = MARGINS[settings.quantization] if llm.dtype == torch.float32 else MARGIN_BFLOAT16
     folded: dict[str, str] = {}
     for text in texts:
         if len(folded) == max(SPACE_TEXTS, 8 * count):

@@ -30,7 +30,7 @@ from models.gate_rows import GateRows
 from models.inference import Classifier
 from models.llm import FrozenLLM
 from models.prefix_cache import Prefix, last_hidden
-from models.routing import Route, Routes, classify_routed
+from models.routing import Route, Routed, Routes, classify_routed
 from models.row_cache import CacheFolder
 from models.soft_prompt import SoftPrompt
 from models.text_states import text_states
@@ -123,11 +123,11 @@ def measure(
     classifier = Classifier(llm)
     _, query_states = classifier.base_pass(queries[:512])
     routes = synthetic(llm, space, query_states, requests, directions)
-    many = Routes(routes, {space.digest: space}, fingerprint=llm.fingerprint)
+    many = Routes(routes, {space.digest: space}, fingerprint=llm.fingerprint, device=llm.device)
     held = size_of(many) / requests
-    one = Routes(routes[:1], {space.digest: space}, fingerprint=llm.fingerprint)
+    one = Routes(routes[:1], {space.digest: space}, fingerprint=llm.fingerprint, device=llm.device)
 
-    def run(active: Routes, texts: list[str]) -> object:
+    def run(active: Routes, texts: list[str]) -> list[Routed]:
         return classify_routed(classifier, active, texts, digest=vault.gate_digest, max_prompts=4)
 
     last = f"k={requests}"
@@ -145,6 +145,8 @@ def measure(
     def bare_alone(number: int) -> object:
         return classifier.classify([queries[number]])
 
+    if any(found.claims for found in run(many, batch(queries, 1))):
+        raise SystemExit("a gate claims a text of this batch: what is measured is more than the gates")
     batches = interleaved({"bare": bare, **{name: in_batches(found) for name, found in sets.items()}}, rounds)
     calls = interleaved({"bare": bare_alone, **{name: one_by_one(found) for name, found in sets.items()}}, singles)
     over_bare = {name: statistics.median(paired(batches["bare"], batches[name])) for name in sets}
@@ -205,8 +207,8 @@ def claimed_cost(classifier: Classifier, space: GateSpace, queries: list[str], *
         shared = [Route(routes[0].prompt, route.gate) for route in routes]
         ways = {
             "bare": lambda _: classifier.classify(texts),
-            "apart": classify(Routes(routes, {space.digest: space}, fingerprint=llm.fingerprint)),
-            "shared": classify(Routes(shared, {space.digest: space}, fingerprint=llm.fingerprint)),
+            "apart": classify(Routes(routes, {space.digest: space}, fingerprint=llm.fingerprint, device=llm.device)),
+            "shared": classify(Routes(shared, {space.digest: space}, fingerprint=llm.fingerprint, device=llm.device)),
         }
         seconds = interleaved(ways, max(2, rounds // 2))
         base = statistics.median(seconds["bare"])

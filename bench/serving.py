@@ -15,7 +15,7 @@ quicker. Texts: SST-2's test set from ``--data`` (as ``bench.quality``), else th
 - The 99th percentile of the latency while every second a request is activated or revoked, over that of a steady set.
   Its gate claims one text in sixteen, as another's does that stays in force: each time it comes the keys and values of
   its prompt are computed, and while it is in force what it claims runs again behind it. That it did is read from the
-  server's own metrics.
+  server's own metrics: a larger share of the texts has run behind a prompt while it came and went.
 
 ``--record`` keeps the result (of a ``--part``, with what is there of the other), ``--json`` prints the recorded one and
 computes nothing.
@@ -90,7 +90,8 @@ def over_the_model(run: Bench, sizes: Sequence[int]) -> dict[str, Any]:
         ways, passes = engine.ways(llm, turns, size)
         found[str(size)] = {**engine.figures(interleaved(ways, rounds), count), "rows_of_a_pass": passes}
         run.console.print(size, found[str(size)])
-    exact = FrozenLLM.load(**load_arguments(run.settings.model_copy(update={"quantization": "none"})))
+    float32 = run.settings.model_copy(update={"quantization": "none", "device": "cpu"})
+    exact = FrozenLLM.load(**load_arguments(float32))
     differences = engine.differences(exact, run.texts[:64])
     return {
         **{name: min(one[name] for one in found.values()) for name in engine.RATIOS},
@@ -138,7 +139,7 @@ def in_process(llm: FrozenLLM, probes: Probes, site: Site, texts: Sequence[str],
     What the server does beside that thread, tokens and digests, is done before the clock starts.
     """
     route = probes.route(0, "guard", site.vault, 0)
-    routes = Routes([route], {probes.space.digest: probes.space}, fingerprint=llm.fingerprint)
+    routes = Routes([route], {probes.space.digest: probes.space}, fingerprint=llm.fingerprint, device=llm.device)
     rows = llm.rows(texts)
     encoded = [Encoded(row, site.vault.gate_digest(text)) for row, text in zip(rows, texts, strict=True)]
     classifier, done, took = Classifier(llm), 0, 0.0
@@ -186,14 +187,16 @@ def rate(samples: Sequence[Sample]) -> float:
 def swapped(run: Bench, site: Site, route: Route) -> dict[str, Any]:
     """Latency with a steady set, and while ``route`` comes or goes each second; in turns.
 
-    Raises SystemExit when it came and went less than half as often, or when no text ran behind its prompt.
+    Raises SystemExit when it came and went less than half as often, or when no more texts ran behind a prompt then.
     """
     steady: list[list[Sample]] = []
     changing: list[list[Sample]] = []
-    changes, before = 0, prompted(site)
+    changes, behind = 0, {"steady": 0.0, "changing": 0.0}
     with ThreadPoolExecutor(1) as pool:
         for _ in range(run.rounds):
+            before = prompted(site)
             steady.append(load(site, 0, run.texts, run.clients, 2 * run.seconds))
+            between = prompted(site)
             stop = threading.Event()
             swapping = pool.submit(swap, site, route, stop)
             try:
@@ -201,14 +204,20 @@ def swapped(run: Bench, site: Site, route: Route) -> dict[str, Any]:
             finally:
                 stop.set()
                 changes += swapping.result()  # raises what went wrong there
-    due, claimed = run.rounds * 2 * run.seconds / SWAP_SECONDS, prompted(site) - before
-    if changes < due / 2 or not claimed:
-        raise SystemExit(f"{changes} changes of about {due:.0f}, {claimed:.0f} texts behind the prompt that came")
+            behind["steady"] += between - before
+            behind["changing"] += prompted(site) - between
+    due = run.rounds * 2 * run.seconds / SWAP_SECONDS
+    shares = {
+        name: behind[name] / sum(len(samples) for samples in rounds)
+        for name, rounds in (("steady", steady), ("changing", changing))
+    }
+    if changes < due / 2 or shares["changing"] <= shares["steady"]:
+        raise SystemExit(f"{changes} changes of about {due:.0f}; shares of texts behind a prompt: {shares}")
     return {
         **swap_figures(steady, changing),
         "changes": changes,
         "changes_due": round(due),
-        "prompted_texts": int(claimed),
+        **{f"prompted_share_{name}": round(share, 4) for name, share in shares.items()},
     }
 
 

@@ -35,7 +35,7 @@ from app.settings import get_settings
 from bench import engine
 from bench.tuned import machine, today
 from models.examples import read_examples
-from models.inference import Classifier
+from models.inference import Classifier, rows_of_a_pass
 from models.llm import FrozenLLM, Quantization, quantize
 from models.packing import packable
 from models.routing import classify_routed
@@ -135,7 +135,7 @@ def build(shape: Shape, tokenizer: Tokenizer, vocabulary: int, quantization: Qua
 
 def measure(llm: FrozenLLM, texts: list[str], size: int, rounds: int) -> dict[str, float]:
     """Texts a second in batches of ``size``, and the seconds of a single one: medians."""
-    routes = engine.routes(llm, texts[:64], claimed=False)
+    routes = engine.routes(llm, claimed=False)
     classifier = Classifier(llm)
 
     def seconds(count: int) -> float:
@@ -143,7 +143,8 @@ def measure(llm: FrozenLLM, texts: list[str], size: int, rounds: int) -> dict[st
         for number in range(rounds + 1):
             batch = [texts[(number * count + i) % len(texts)] for i in range(count)]
             started = time.perf_counter()
-            classify_routed(classifier, routes, batch, digest=None, max_prompts=4)
+            rows = rows_of_a_pass(llm, count)
+            classify_routed(classifier, routes, batch, digest=None, max_prompts=4, batch_size=rows)
             found.append(time.perf_counter() - started)
         return statistics.median(found[1:])
 
@@ -188,8 +189,12 @@ def main() -> None:
             "serving_mib": process.memory_info().rss / MIB,
             "peak_mib": peak_bytes() / MIB,
         }
-        if args.device == "cuda":
-            result["device_mib"] = torch.cuda.max_memory_allocated() / MIB
+        if llm.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(llm.device)
+            result["gpu"] = torch.cuda.get_device_name(llm.device)
+            result["gpu_allocated_mib"] = torch.cuda.max_memory_allocated(llm.device) / MIB
+            result["gpu_reserved_mib"] = torch.cuda.max_memory_reserved(llm.device) / MIB
+            result["gpu_taken_mib"] = (total - free) / MIB  # with the context, and with what others have there
         known[f"{args.shape}, {args.quantization}, {args.device}"] = result
         Console(stderr=True).print(result)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from models.soft_prompt import SoftPrompt
 from models.training import TrainingResult
 
 LABELS = ("negative", "positive")
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
 SETS = ("train_retain", "train_forget", "test_retain", "test_forget")
 # What comes with the source, by the digest of data and settings: the adapter, since fine-tuning takes half an hour and
 # never ends in quite the same model, and in `made` the soft prompts that were trained for it, minutes each.
@@ -136,10 +137,13 @@ def parse(parser: argparse.ArgumentParser, out: Path) -> argparse.Namespace:
 
 
 def machine() -> str:
-    """The processor, as Linux names it."""
+    """The processor, as Linux names it, with the widest units for products that it has: one name may be many kinds."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return names[0] if names else platform.processor()
+    text = info.read_text() if info.exists() else ""
+    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = set(re.findall(r"\w+", "".join(re.findall(r"^flags\s*: (.+)$", text, re.MULTILINE)[:1])))
+    units = next((UNITS[flag] for flag in UNITS if flag in flags), None)
+    return ", ".join(filter(None, [names[0] if names else platform.processor(), units]))
 
 
 def today() -> str:

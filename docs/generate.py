@@ -29,7 +29,8 @@ DOCS = Path(__file__).resolve().parent
 # --- settings --------------------------------------------------------------------------------------------------------
 
 API = {
-    *("host", "port", "first_key", "max_body_bytes", "max_held_body_bytes", "body_seconds", "max_forget_texts"),
+    *("host", "port", "max_connections", "first_key", "max_body_bytes", "max_held_body_bytes", "body_seconds"),
+    *("max_forget_texts", "prefix_cache_bytes", "compile"),
     *("max_classify_texts", "max_training_steps", "max_queued_texts", "max_batch_texts", "classify_deadline_seconds"),
     *("rate_per_minute", "classify_texts_per_minute", "requests_per_day", "texts_per_day", "active_prompts"),
     "max_event_streams",

@@ -1,8 +1,9 @@
-"""Whether the accelerator of a model still computes."""
+"""The accelerator of a model: whether it still computes, and the memory that others may have of it."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import torch
 
@@ -29,3 +30,10 @@ def is_lost(llm: FrozenLLM, error: Exception) -> bool:
         log.error("the device was tried again: %s", type(again).__name__)
         return isinstance(again, torch.AcceleratorError)
     return False
+
+
+def give_memory_back(llm: FrozenLLM) -> None:
+    """What torch keeps of a training for the next one: on one GPU the server may need it meanwhile."""
+    if llm.device.type == "cuda":
+        with suppress(torch.AcceleratorError):  # lost, and found out elsewhere
+            torch.cuda.empty_cache()

@@ -43,6 +43,12 @@ class GateSpace:
         z = z + ((z @ self.basis) * self.gain) @ self.basis.T
         return torch.nn.functional.normalize(z, dim=-1)
 
+    def to(self, device: torch.device) -> GateSpace:
+        """Itself where it is there already."""
+        if self.basis.device == device:
+            return self
+        return GateSpace(self.fingerprint, *(t.to(device) for t in (self.center, self.scale, self.basis, self.gain)))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 hex of ``to_bytes()``: a gate names the space that it was fitted in."""

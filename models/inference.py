@@ -20,7 +20,13 @@ from models.text_states import gate_layers
 
 BATCH = 64
 """Rows of a pass: on CPU more gain a few percent (docs/LOG.md), and the first answer waits for the last row."""
-_PREFIX_BYTES = 256 * 2**20  # keys and values kept warm, beyond the one in use
+PREFIX_BYTES = 256 * 2**20
+"""Keys and values that are kept, beyond those in use."""
+
+
+def rows_of_a_pass(llm: FrozenLLM, most: int) -> int:
+    """Rows of a pass of a server that takes batches of ``most`` texts: a GPU takes many in the time of a few."""
+    return min(most, BATCH) if llm.device.type == "cpu" else most
 
 
 def answer_scores(llm: FrozenLLM, hidden: Tensor) -> Tensor:
@@ -64,11 +70,19 @@ class Encoded:
 class Classifier:
     """Scores label words for texts behind a set of prompts. Not thread-safe: one model thread owns it.
 
-    ``before_pass`` is called before each pass of texts; what it raises ends the call.
+    ``before_pass`` is called before each pass of texts; what it raises ends the call. ``prefix_bytes``: of keys and
+    values that are kept for the next call, beyond those in use.
     """
 
-    def __init__(self, llm: FrozenLLM, *, before_pass: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        llm: FrozenLLM,
+        *,
+        before_pass: Callable[[], None] = lambda: None,
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
         self.llm = llm
+        self._prefix_bytes = prefix_bytes
         self._before_pass = before_pass
         # Content-addressed: ordered prompt digests of this one model.
         self._prefixes: OrderedDict[tuple[str, ...], Prefix | None] = OrderedDict()
@@ -82,9 +96,13 @@ class Classifier:
             with torch.no_grad():
                 self._prefixes[key] = compute_prefix(self.llm, soft)
         self._prefixes.move_to_end(key)
-        while len(self._prefixes) > 1 and sum(p.nbytes for p in self._prefixes.values() if p) > _PREFIX_BYTES:
+        while len(self._prefixes) > 1 and sum(p.nbytes for p in self._prefixes.values() if p) > self._prefix_bytes:
             self._prefixes.popitem(last=False)
         return self._prefixes[key]
+
+    def has_prefix(self, prompts: Sequence[SoftPrompt]) -> bool:
+        """Whether the prefix of these prompts is there already."""
+        return tuple(p.digest for p in prompts) in self._prefixes
 
     def keep(self, digests: Collection[str]) -> None:
         """Let go of what was computed from any other prompts than these: they are personal data."""

@@ -51,28 +51,47 @@ class Routed:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Block:
-    """The gates of one space: ``directions`` (C, D) of the routes ``indices``, of which ``owners`` (C,) says which."""
+    """The gates of one space: ``directions`` (C, D) of the routes ``indices``, of which ``owners`` (C,) says which.
+
+    ``near``: the space where the directions are.
+    """
 
     space: GateSpace
+    near: GateSpace
     indices: list[int]
     directions: Tensor
     owners: Tensor
 
     def scores(self, points: Tensor) -> Tensor:
-        """(N, gates) float64: the cosine of each point with the nearest direction of each gate."""
-        found = cosines(points, self.directions).double()
+        """(N, gates) float64 on the CPU: the cosine of each point with the nearest direction of each gate."""
+        found = cosines(points, self.directions).double().cpu()
         if len(self.indices) == len(self.owners):
             return found
         best = torch.full((len(points), len(self.indices)), -torch.inf, dtype=torch.float64)
         return best.scatter_reduce_(1, self.owners.expand_as(found), found, "amax")
 
+    def scores_of(self, states: Tensor) -> Tensor:
+        """(N, gates) float64 on the CPU: ``scores`` of the points of states (N, D)."""
+        return self.scores(self.near.points(states.to(self.directions.device)))
+
 
 class Routes:
     """The gates of an active set, side by side. Immutable; index i is ``routes[i]``."""
 
-    def __init__(self, routes: Sequence[Route], spaces: Mapping[str, GateSpace], *, fingerprint: str) -> None:
-        """``spaces`` by digest. Raises FingerprintMismatch, InvalidGate (a space is missing or of another width)."""
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        spaces: Mapping[str, GateSpace],
+        *,
+        fingerprint: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """``spaces`` by digest. ``device``: where gates are scored, the model's where many are in force.
+
+        Raises FingerprintMismatch, InvalidGate (a space is missing or of another width).
+        """
         self.routes = tuple(routes)
+        self._device = torch.device(device)
         for found in (*(r.prompt.fingerprint for r in routes), *(s.fingerprint for s in spaces.values())):
             if found != fingerprint:
                 raise FingerprintMismatch(f"made for model {found[:12]}, but this model is {fingerprint[:12]}")
@@ -87,10 +106,11 @@ class Routes:
             gates = [routes[i].gate for i in indices]
             if any(gate.directions.shape[1] != len(spaces[digest].center) for gate in gates):
                 raise InvalidGate(f"a gate is not of the width of its space {digest[:12]}")
-            directions = torch.cat([gate.directions for gate in gates]).double()
+            directions = torch.cat([gate.directions for gate in gates]).to(self._device).double()
             counts = torch.tensor([len(gate.directions) for gate in gates])
             owners = torch.arange(len(gates)).repeat_interleave(counts)
-            self._blocks.append(_Block(spaces[digest], indices, directions, owners))
+            near = spaces[digest].to(self._device)
+            self._blocks.append(_Block(spaces[digest], near, indices, directions, owners))
         self._thresholds = torch.tensor([r.gate.threshold for r in routes], dtype=torch.float64)
         self._certain = torch.tensor([r.gate.certain for r in routes], dtype=torch.float64) - self._thresholds
         self._by_digest: dict[bytes, list[int]] = {}
@@ -101,7 +121,7 @@ class Routes:
     def plus(self, route: Route, space: GateSpace) -> Routes:
         """These and one more, last. ``space`` is the new gate's."""
         spaces = {**self.spaces, space.digest: space}
-        return Routes([*self.routes, route], spaces, fingerprint=route.prompt.fingerprint)
+        return Routes([*self.routes, route], spaces, fingerprint=route.prompt.fingerprint, device=self._device)
 
     @property
     def spaces(self) -> dict[str, GateSpace]:
@@ -112,7 +132,7 @@ class Routes:
         return len(self.routes)
 
     def margins(self, states: Tensor) -> Tensor:
-        """Score minus threshold, (N, k) float64; a gate claims where it is positive. ``states``: (N, D), CPU.
+        """Score minus threshold, (N, k) float64; a gate claims where it is positive. ``states``: (N, D).
 
         Raises NotFinite for such states: no gate would claim them, and the prompts would be left out.
         """
@@ -120,7 +140,7 @@ class Routes:
             raise NotFinite("the model's hidden states are not finite")
         out = torch.empty(len(states), len(self.routes), dtype=torch.float64)
         for block in self._blocks:
-            out[:, block.indices] = block.scores(block.space.points(states))
+            out[:, block.indices] = block.scores_of(states)
         return out - self._thresholds
 
     def margins_of_directions(self) -> tuple[Tensor, Tensor]:
@@ -186,8 +206,9 @@ def classify_routed(
             if route not in known[query] and not sure[query, route]:
                 asked.setdefault(route, []).append(query)
     abstained: dict[int, Classification] = {}
-    for route, queries in asked.items():
-        prompt = routes.routes[route].prompt
+    # First those whose keys and values are there: where not all have room, the others would push them out in turn.
+    for route in sorted(asked, key=lambda route: not classifier.has_prefix([routes.routes[route].prompt])):
+        prompt, queries = routes.routes[route].prompt, asked[route]
         answers = classifier.classify([texts[q] for q in queries], [prompt], batch_size=batch_size)
         for query, answer in zip(queries, answers, strict=True):
             best = abstained.get(query)

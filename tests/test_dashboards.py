@@ -109,8 +109,12 @@ def selectors(query: str) -> list[promql_parser.VectorSelector]:
     return found
 
 
-(SCALING,) = find("ScaledObject", "letheon-api")["spec"]["triggers"]
-QUERIES = [*queries_of_the_dashboard(), *(rule["expr"] for rule in rules()), SCALING["metadata"]["query"]]
+SCALING = {trigger["name"]: trigger for trigger in find("ScaledObject", "letheon-api")["spec"]["triggers"]}
+QUERIES = [
+    *queries_of_the_dashboard(),
+    *(rule["expr"] for rule in rules()),
+    *(trigger["metadata"]["query"] for trigger in SCALING.values()),
+]
 
 
 @pytest.mark.parametrize("query", QUERIES)
@@ -193,4 +197,5 @@ def test_the_cases_of_the_alerts_hold() -> None:
 
 def test_the_api_is_scaled_by_what_it_has() -> None:
     """By an average over the replicas, eight would be there only while a text waits for eight seconds."""
-    assert SCALING["metricType"] == "Value"
+    kinds = {name: trigger["metricType"] for name, trigger in SCALING.items()}
+    assert kinds == {"oldest-waiting-seconds": "Value", "refused-share": "Value", "calls-per-second": "AverageValue"}

@@ -289,7 +289,8 @@ def test_pods_wait_for_the_migration(tmp_path: Path) -> None:
         with waiting:
             try:
                 assert waiting.stdout is not None
-                assert any("waiting for the database" in line for line in waiting.stdout), "it ended"
+                said = next(line for line in waiting.stdout if "waiting for the database" in line)
+                assert "app.errors.NotReady: " in said, "it says why"
                 assert waiting.poll() is None
             finally:
                 os.killpg(waiting.pid, signal.SIGKILL)  # its `sleep` too

@@ -125,10 +125,11 @@ def test_packed_answers_equal_plain_concatenation_on_the_same_quantized_weights(
     assert torch.equal(packed[:, words].argmax(-1), plain[:, words].argmax(-1))
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("kind", ["keeps arguments from its layers", "mixes rows", "scales what it attends to"])
-def test_a_model_that_packing_would_change_is_not_packed(kind: str, tmp_path: Path) -> None:
+def test_a_model_that_packing_would_change_is_not_packed(kind: str, quantization: Any, tmp_path: Path) -> None:
     family = "stablelm" if "arguments" in kind else "llama"
-    llm = FrozenLLM.load(str(make_tiny_model(tmp_path, family)), quantization="none", device="cpu")
+    llm = FrozenLLM.load(str(make_tiny_model(tmp_path, family)), quantization=quantization, device="cpu")
     layer = llm.decoder.layers[1]
     if kind == "mixes rows":  # as a convolution or a recurrent state does
         layer.register_forward_hook(lambda _module, _inputs, hidden: hidden + hidden.mean(1, keepdim=True))

@@ -21,6 +21,7 @@ from models.errors import FingerprintMismatch, InvalidGate, TextTooLong
 from models.gate import NEVER, Gate, cosines, fit_space
 from models.inference import Classifier
 from models.llm import FrozenLLM
+from models.prefix_cache import Prefix
 from models.routing import Digest, Route, Routed, Routes, classify_routed
 from models.soft_prompt import SoftPrompt
 from models.text_states import text_states
@@ -446,7 +447,7 @@ def test_beyond_the_byte_budget_the_oldest_prefix_goes_and_answers_stay(
     size = classifier.prefix(prompts[:1])
     assert size is not None
 
-    monkeypatch.setattr(inference, "_PREFIX_BYTES", 2 * size.nbytes)
+    monkeypatch.setattr(classifier, "_prefix_bytes", 2 * size.nbytes)
     again = _answers(classifier, prompts)
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
     assert _kept(classifier) == keys[1:]
@@ -454,7 +455,7 @@ def test_beyond_the_byte_budget_the_oldest_prefix_goes_and_answers_stay(
     classifier.prefix(prompts[:1])
     assert _kept(classifier) == [keys[1], keys[0]], "the one that was used last but one stays"
 
-    monkeypatch.setattr(inference, "_PREFIX_BYTES", 0)
+    monkeypatch.setattr(classifier, "_prefix_bytes", 0)
     again = _answers(classifier, prompts)
     assert _kept(classifier) == [keys[2]], "the one in use stays whatever its size"
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
@@ -463,6 +464,31 @@ def test_beyond_the_byte_budget_the_oldest_prefix_goes_and_answers_stay(
 def test_routed_answers_survive_eviction(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     routes = [world.route(seed, 6) for seed in (1, 2, 3)]
     before = world.ask(routes, TEXTS)
-    monkeypatch.setattr(inference, "_PREFIX_BYTES", 0)
+    monkeypatch.setattr(world.classifier, "_prefix_bytes", 0)
     for _ in range(2):
         assert world.ask(routes, TEXTS) == before
+
+
+def test_prompts_that_have_no_room_together_do_not_push_each_other_out_in_turn(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = replace(world.route(2, len(TEXTS)).gate, threshold=-2.0)  # claims whatever comes
+    routes = [Route(world._random_prompt(4 * seed), gate) for seed in (1, 2, 3)]  # of one length, so of one size
+    classifier, computed = Classifier(world.llm), []
+    monkeypatch.setattr(world, "classifier", classifier)
+    bare, one = classifier.prefix(()), classifier.prefix([routes[0].prompt])
+    assert bare is not None
+    assert one is not None
+    monkeypatch.setattr(classifier, "_prefix_bytes", bare.nbytes + 2 * one.nbytes)
+    before = world.ask(routes, TEXTS)
+    assert [len(found.claims) for found in before] == [3] * len(TEXTS)
+    compute = inference.compute_prefix
+
+    def counted(llm: FrozenLLM, soft: torch.Tensor | None) -> Prefix | None:
+        computed.append(soft)
+        return compute(llm, soft)
+
+    monkeypatch.setattr(inference, "compute_prefix", counted)
+    for _ in range(3):
+        assert world.ask(routes, TEXTS) == before
+    assert len([soft for soft in computed if soft is not None]) == 3, "one of three each time, not all"

@@ -18,6 +18,7 @@ from app.failpoints import failpoint
 from app.settings import Mode
 from app.tracebacks import where
 from app.tracing import span
+from models.device import give_memory_back
 from models.examples import Example
 from worker.concatenated import recheck
 from worker.context import Context, unforgotten, why_unreadable
@@ -72,6 +73,8 @@ def run_job(context: Context, request_id: str) -> bool:
     except Exception as error:
         # Nothing is hidden: type and frames are logged, and the request is still owed to the client (see above).
         log.error("%s: attempt %d broke off, left to its lease: %s", request_id, claim.attempt, where(error))
+    finally:
+        give_memory_back(context.llm)
     return True
 
 
