@@ -30,7 +30,7 @@ from app.key_lookups import KeyLookups
 from app.key_uses import KeyUses
 from app.metrics import Metrics
 from app.middleware import BodyLimit, RequestContext
-from app.model_thread import in_passing
+from app.model_thread import in_passing, keep_memory
 from app.rate_limits import RateLimits
 from app.reconcile import make_ready
 from app.routes import (
@@ -55,7 +55,7 @@ from app.tables import ApiKey
 from app.vault import Vault
 from models.compiling import compile_where_it_pays
 from models.errors import ModelError
-from models.inference import BATCH
+from models.inference import rows_of_a_pass
 from models.llm import FrozenLLM
 
 READERS = 6  # connections: two look-ups of keys, the model's thread, who watches the active set, two probes
@@ -173,7 +173,8 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     readers = db.make_engine(url, pool_size=READERS, max_overflow=0, pool_timeout=db.LOCK_SECONDS)
     stack.callback(readers.dispose)
     reads = db.make_sessions(readers)
-    model = in_passing(lambda: _model(settings, llm))
+    keep_memory()  # what starts from here on computes as the model's thread will
+    model = in_passing(lambda: _model(settings, llm, counts))
     serving = Serving(model, reads, vault, settings, counts, alone=alone)
     stack.callback(serving.close)
     rates, key_uses = RateLimits(settings), KeyUses(sessions)
@@ -209,11 +210,12 @@ def _start(settings: Settings, llm: FrozenLLM | None, counts: Metrics, stack: Ex
     )
 
 
-def _model(settings: Settings, llm: FrozenLLM | None) -> FrozenLLM:
+def _model(settings: Settings, llm: FrozenLLM | None, counts: Metrics) -> FrozenLLM:
     """In a thread with all cores: what is compiled is for that number of threads."""
     model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
-    if settings.compile:
-        compile_where_it_pays(model, rows=min(BATCH, settings.max_batch_texts))
+    if settings.compile != "off":
+        rows = rows_of_a_pass(model, settings.max_batch_texts)
+        counts.compiled(compile_where_it_pays(model, rows=rows, always=settings.compile == "on"))
     return model
 
 

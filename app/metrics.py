@@ -127,6 +127,14 @@ class Metrics:
             "letheon_active_set_prompts", "Prompts of the active set in this process.", registry=self.registry
         )
 
+        self._compiled = Gauge(
+            "letheon_compiled", "1 when batches run on compiled layers (LETHEON_COMPILE).", registry=self.registry
+        )
+
+    def compiled(self, kept: bool) -> None:
+        """Whether batches run on compiled layers; 0 until it is said."""
+        self._compiled.set(kept)
+
     def http(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request. ``method`` of METHODS or ``(other)``; ``route`` a template; ``status`` 0: the client left."""
         self._http.labels(method, route, str(status) if status else "none").observe(seconds)

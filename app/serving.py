@@ -102,7 +102,7 @@ class Serving:
         self._lock = threading.Lock()  # the model thread and /readyz both confirm
         self._reader = StackReader(vault, fingerprint=llm.fingerprint, mode=settings.mode, device=llm.device)
         self._max_prompts = settings.max_prompts_per_query
-        keep_memory()  # the batcher starts the model's thread
+        keep_memory()  # the batcher starts the model's thread (once more does nothing)
         cores = torch.get_num_threads()
         self._batcher: Batcher[Question | Work, Any] = Batcher(
             self._run,
@@ -277,6 +277,10 @@ class Serving:
         try:
             # As long as its callers wait: whoever reads the set now may be loading prompts.
             return self._confirm(max(CONFIRM_SECONDS, self._settings.classify_deadline_seconds))
+        except NotReady as error:
+            if isinstance(error.__cause__, Exception):  # the gates of a set are brought to the device
+                self._look_at_device(error.__cause__)
+            raise
         finally:
             self._classifier.keep(self._reader.held)
 

@@ -108,10 +108,11 @@ class Settings(BaseSettings):
         description="Bytes of the prompts' keys and values that are kept between batches. A prompt that claims a text "
         "and whose are not there costs a pass of one row first. `docs/sizing.md` has their size.",
     )
-    compile: bool = Field(
-        default=False,
-        description="At a server's start, try the layers under `torch.compile` beside the plain ones, and keep what is "
-        "quicker on this machine: minutes, and a C++ compiler. Says in its log what it measured.",
+    compile: Literal["off", "try", "on"] = Field(
+        default="off",
+        description="`try`: when a server starts, measure the layers under `torch.compile` beside the plain ones, and "
+        "keep what is quicker on this machine; a minute or more, and a C++ compiler. `on`: keep them in any case. The "
+        "log and `letheon_compiled` say what became of it.",
     )
     classify_deadline_seconds: float = Field(
         default=30.0,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 def where(error: BaseException) -> str:
     """Types and frames of an exception and its causes, without messages: a message may quote what was sent."""
-    parts = []
+    parts: list[str] = []
+    seen: set[int] = set()  # one object that is raised twice may be its own cause
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
         frames = reversed(traceback.extract_tb(link.__traceback__)[-8:])
         parts.append(
             " < ".join([type(link).__name__, *(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)])

@@ -16,10 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from app.defaults import load_arguments
-from app.settings import get_settings
+from app.model_thread import in_passing, keep_memory
+from app.settings import Settings, get_settings
 from bench.tuned import parse, record
-from models.compiling import compare
+from models.compiling import CompileTrial, compare
 from models.llm import FrozenLLM
+
+
+def tried(settings: Settings, rows: list[int]) -> tuple[CompileTrial, FrozenLLM]:
+    llm = FrozenLLM.load(**load_arguments(settings))
+    return compare(llm, rows=rows)[0], llm
 
 
 def main() -> None:
@@ -29,10 +35,10 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the result where --out says")
     args = parse(parser, Path("docs/bench/compiled.json"))
     settings = get_settings().model_copy(update={"quantization": args.quantization})
-    llm = FrozenLLM.load(**load_arguments(settings))
-    trial, _ = compare(llm, rows=args.rows)
+    keep_memory()  # as a server does
+    trial, llm = in_passing(lambda: tried(settings, args.rows))
     table = Table("rows of a pass", "compiled over plain")
-    for size, gain in trial.gains.items():
+    for size, gain in sorted(trial.gains.items()):
         table.add_row(str(size), f"{gain:.3f}")
     console = Console(stderr=True)
     console.print(table, f"compiled in {trial.seconds:.0f} s; states differ by {trial.difference:.1e} of their norm")
@@ -41,7 +47,7 @@ def main() -> None:
         "quantization": args.quantization,
         "device": llm.device.type,
         "threads": torch.get_num_threads(),
-        "compiled_over_plain": {str(size): round(gain, 4) for size, gain in trial.gains.items()},
+        "compiled_over_plain": {str(size): round(gain, 4) for size, gain in sorted(trial.gains.items())},
         "pays": trial.pays,
         "difference": trial.difference,
         "compile_seconds": round(trial.seconds, 1),

@@ -44,10 +44,14 @@ class GateSpace:
         return torch.nn.functional.normalize(z, dim=-1)
 
     def to(self, device: torch.device) -> GateSpace:
-        """Itself where it is there already."""
+        """Itself where it is there already, else one copy for as long as it lives."""
         if self.basis.device == device:
             return self
-        return GateSpace(self.fingerprint, *(t.to(device) for t in (self.center, self.scale, self.basis, self.gain)))
+        copies: dict[torch.device, GateSpace] = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            tensors = (self.center, self.scale, self.basis, self.gain)
+            copies[device] = GateSpace(self.fingerprint, *(tensor.to(device) for tensor in tensors))
+        return copies[device]
 
     @cached_property
     def digest(self) -> str:

@@ -96,8 +96,13 @@ class Classifier:
             with torch.no_grad():
                 self._prefixes[key] = compute_prefix(self.llm, soft)
         self._prefixes.move_to_end(key)
-        while len(self._prefixes) > 1 and sum(p.nbytes for p in self._prefixes.values() if p) > self._prefix_bytes:
-            self._prefixes.popitem(last=False)
+        prompts_only = [other for other in self._prefixes if other]  # every batch needs the bare template's
+        size = sum(p.nbytes for other in prompts_only if (p := self._prefixes[other]))
+        for oldest in prompts_only:
+            if size <= self._prefix_bytes or oldest == key:
+                break
+            gone = self._prefixes.pop(oldest)
+            size -= gone.nbytes if gone is not None else 0
         return self._prefixes[key]
 
     def has_prefix(self, prompts: Sequence[SoftPrompt]) -> bool:

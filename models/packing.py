@@ -9,8 +9,10 @@ fifth) of the time of torch's fused kernel, whose block is the whole of such a s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -28,9 +30,6 @@ log = logging.getLogger(__name__)
 MAX_SCORES = 4_000_000
 """Of one layer, kept for the backward pass, three times over; where there would be more, a fused kernel keeps none."""
 TOLERANCE = 0.05  # of a state, by its norm: bfloat16 is within one or two percent
-INT8_TOLERANCE = 0.1
-"""The same under int8, where bitsandbytes looks for outliers over all rows: 4 % from one row to the next, padded or
-packed (docs/LOG.md)."""
 CHUNK_SCORES = 500_000
 """Of one layer at a time where there is no backward pass: what stays in a core's cache."""
 _SDPA_OR_PACKED = "letheon_sdpa_or_packed"
@@ -68,10 +67,27 @@ class _NotPackable(Exception):
 
 @torch.no_grad()
 def _keeps_rows_apart(llm: FrozenLLM) -> bool:
-    """A row's state is the same to the last bit, whatever the row before it says, and what it is behind a prefix.
+    """A row's state is the same to the last bit, whatever the row before it says, and what it is behind a prefix."""
+    with _without_outliers(llm):
+        return _tried(llm)
 
-    Under int8 it is nearly the same, as in any batch.
-    """
+
+@contextmanager
+def _without_outliers(llm: FrozenLLM) -> Iterator[None]:
+    """int8 looks for outliers over all rows of a pass, packed or padded, so that each has a say in the others' columns:
+    rows can be told to be apart only without that."""
+    states: list[Any] = [m.state for m in llm.model.modules() if type(m).__name__ == "Linear8bitLt"]
+    before = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
+
+
+def _tried(llm: FrozenLLM) -> bool:
     tail = [*llm.template.tail_ids, llm.verbalizer.label_ids[0]]
     first, second, other = [tail[0], *tail], [tail[-1], tail[-1]], [tail[-1], *tail]
     soft = llm.embed(torch.tensor(llm.verbalizer.label_ids[:2], device=llm.device)).float()
@@ -91,25 +107,11 @@ def _keeps_rows_apart(llm: FrozenLLM) -> bool:
         llm.model.config._attn_implementation = usual
         return False
     plain = torch.cat([last_hidden(llm, collate([row], llm.device), prefix) for row in (first, second)])
-    same = _apart(states[1], again[1]) <= INT8_TOLERANCE if is_int8(llm) else torch.equal(states[1], again[1])
-    far = max(_apart(found, plain) for found in (states, behind)) > tolerance(llm)
-    if not same or torch.equal(states[0], again[0]) or far:
+    apart = torch.equal(states[1], again[1]) and not torch.equal(states[0], again[0])
+    if not (apart and all(float((s - plain).norm() / plain.norm()) <= TOLERANCE for s in (states, behind))):
         llm.model.config._attn_implementation = usual
         return False
     return True
-
-
-def is_int8(llm: FrozenLLM) -> bool:
-    return llm.identity.get("quantization") == "int8"
-
-
-def tolerance(llm: FrozenLLM) -> float:
-    """What rounding may make of a state, by its norm, when it is computed in another way."""
-    return INT8_TOLERANCE if is_int8(llm) else TOLERANCE
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -283,9 +285,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     return (weights.view(rows, groups, -1, key.shape[2]) @ value).view(rows, heads, length, dim)
 
 
-def leave_attention_out(compiler_disable: Callable[[Any], Any]) -> None:
+@cache
+def leave_attention_out() -> None:
     """From now on attention runs as it is written also where the layers around it are compiled."""
-    AttentionInterface.register(_SDPA_OR_PACKED, compiler_disable(_attention))
+    AttentionInterface.register(_SDPA_OR_PACKED, torch.compiler.disable(_attention))
 
 
 AttentionInterface.register(_SDPA_OR_PACKED, _attention)

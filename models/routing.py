@@ -205,12 +205,14 @@ def classify_routed(
         for route in found:
             if route not in known[query] and not sure[query, route]:
                 asked.setdefault(route, []).append(query)
-    abstained: dict[int, Classification] = {}
+    answers: dict[int, list[Classification]] = {}
     # First those whose keys and values are there: where not all have room, the others would push them out in turn.
     for route in sorted(asked, key=lambda route: not classifier.has_prefix([routes.routes[route].prompt])):
-        prompt, queries = routes.routes[route].prompt, asked[route]
-        answers = classifier.classify([texts[q] for q in queries], [prompt], batch_size=batch_size)
-        for query, answer in zip(queries, answers, strict=True):
+        own = [texts[query] for query in asked[route]]
+        answers[route] = classifier.classify(own, [routes.routes[route].prompt], batch_size=batch_size)
+    abstained: dict[int, Classification] = {}
+    for route, queries in asked.items():
+        for query, answer in zip(queries, answers[route], strict=True):
             best = abstained.get(query)
             if answer.abstained and (best is None or answer.confidence > best.confidence):
                 abstained[query] = answer

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from api_kit import Api, add_prompt, assert_problem, make_gate, running, soft_prompt, tiny_llm, wait_until
+from sqlalchemy.orm import Session
 from test_stack import MINUTES, OTHERS, prompt_for, subject
 
 from app.errors import LetheonError, Stuck
 from app.serving import FAILED_BATCHES
 from app.settings import Mode
+from app.stack import Stack, StackReader
 from models.errors import NotFinite
 from models.inference import Classifier, answer_scores
 from models.prefix_cache import Prefix
@@ -117,6 +119,20 @@ def test_also_where_only_a_piece_of_work_has_met_it(tmp_path: Path) -> None:
         with pytest.raises(LetheonError):
             api.service.serving.work(lambda classifier, _: classifier.classify(OTHERS))
         wait_until(lambda: api.client.get("/livez").status_code == 503)
+
+
+def test_also_where_a_new_set_has_met_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gates are brought to the device before any text is."""
+
+    def read(_self: StackReader, _session: Session) -> Stack:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    with served(tmp_path) as api, ExitStack() as stack:
+        stack.enter_context(tiny_llm().decoder.norm.register_forward_pre_hook(failing(ILLEGAL)))
+        monkeypatch.setattr(StackReader, "read", read)
+        answer = api.client.post("/classify", json={"text": OTHERS[0]}, headers=api.key("classify"))
+        assert_problem(answer, 503, "not-ready")
+        assert_problem(api.client.get("/livez"), 503, "stuck")
 
 
 def test_once_it_is_lost_it_stays_so(tmp_path: Path) -> None:

@@ -450,14 +450,14 @@ def test_beyond_the_byte_budget_the_oldest_prefix_goes_and_answers_stay(
     monkeypatch.setattr(classifier, "_prefix_bytes", 2 * size.nbytes)
     again = _answers(classifier, prompts)
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
-    assert _kept(classifier) == keys[1:]
+    assert _kept(classifier) == [(), *keys[1:]], "the bare template's stays: every batch needs it"
     classifier.prefix(prompts[1:2])
     classifier.prefix(prompts[:1])
-    assert _kept(classifier) == [keys[1], keys[0]], "the one that was used last but one stays"
+    assert _kept(classifier) == [(), keys[1], keys[0]], "the one that was used last but one stays"
 
     monkeypatch.setattr(classifier, "_prefix_bytes", 0)
     again = _answers(classifier, prompts)
-    assert _kept(classifier) == [keys[2]], "the one in use stays whatever its size"
+    assert _kept(classifier) == [(), keys[2]], "the one in use stays whatever its size"
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
 
 
@@ -476,10 +476,9 @@ def test_prompts_that_have_no_room_together_do_not_push_each_other_out_in_turn(
     routes = [Route(world._random_prompt(4 * seed), gate) for seed in (1, 2, 3)]  # of one length, so of one size
     classifier, computed = Classifier(world.llm), []
     monkeypatch.setattr(world, "classifier", classifier)
-    bare, one = classifier.prefix(()), classifier.prefix([routes[0].prompt])
-    assert bare is not None
+    one = classifier.prefix([routes[0].prompt])
     assert one is not None
-    monkeypatch.setattr(classifier, "_prefix_bytes", bare.nbytes + 2 * one.nbytes)
+    monkeypatch.setattr(classifier, "_prefix_bytes", 2 * one.nbytes)
     before = world.ask(routes, TEXTS)
     assert [len(found.claims) for found in before] == [3] * len(TEXTS)
     compute = inference.compute_prefix
@@ -491,4 +490,4 @@ def test_prompts_that_have_no_room_together_do_not_push_each_other_out_in_turn(
     monkeypatch.setattr(inference, "compute_prefix", counted)
     for _ in range(3):
         assert world.ask(routes, TEXTS) == before
-    assert len([soft for soft in computed if soft is not None]) == 3, "one of three each time, not all"
+    assert len(computed) == 3 and None not in computed, "one of three each time, not all, and never the template's"
