@@ -21,7 +21,7 @@ from models import packing
 from models.errors import ModelError
 from models.inference import Classifier
 from models.llm import FrozenLLM
-from models.passes import run_rows
+from models.passes import MAX_PASS_TOKENS, run_rows
 from models.prefix_cache import Prefix
 from models.recording import layers_of
 
@@ -71,27 +71,43 @@ def compile_where_it_pays(llm: FrozenLLM, *, rows: int, always: bool = False) ->
 
 
 def compare(llm: FrozenLLM, *, rows: Collection[int]) -> tuple[CompileTrial, Callable[[bool], None]]:
-    """Compile the layers and compare, in passes of each of ``rows``; also returns what switches them on, or off.
+    """Compile the layers and compare, in passes of each of ``rows``, of as many as a pass has room for; also returns
+    what switches them on, or off.
 
     To be called in a thread that computes on as many cores as the one that will serve. They are on afterwards. Raises
     ModelError, and leaves them off, where this model cannot be compiled here, or where its states are others then.
     """
-    if not packing.packable(llm):
-        raise ModelError(f"{type(llm.model).__name__} cannot be packed, and only packed rows run on compiled layers")
-    # The largest first: for its size is decided which loops run on all cores.
-    passes = {size: [_rows(llm, size, seed) for seed in range(ROUNDS)] for size in sorted(rows, reverse=True)}
+    import torch._dynamo
+    import torch._inductor.config
+
+    most = MAX_PASS_TOKENS // (TEXT_TOKENS[1] + len(llm.template.tail_ids))
+    sizes = sorted({min(size, most) for size in rows}, reverse=True)  # for the first is decided what runs on all cores
+    passes = {size: [_rows(llm, size, seed) for seed in range(ROUNDS)] for size in sizes}
     prefix, switch = Classifier(llm).prefix(()), compile_layers(llm)
+    ahead = prefix.length if prefix is not None else 0
+    if not all(packing.fits(llm, ahead, some) for found in passes.values() for some in found):
+        raise ModelError(f"{type(llm.model).__name__} cannot be packed, and only packed rows run on compiled layers")
     switch(False)  # they may be on since an earlier time
     plain = {size: _states(llm, some, prefix) for size, some in passes.items()}
     switch(True)
     torch.compiler.set_stance("default")  # now is the time for it
     started = time.monotonic()
     try:
-        compiled = {size: _states(llm, some, prefix) for size, some in passes.items()}
+        # In this process: a pool of others would stay for as long as the server. Headers would go into a shared folder.
+        with torch._inductor.config.patch({"compile_threads": 1, "cpp_cache_precompile_headers": False}):
+            compiled = {size: _states(llm, some, prefix) for size, some in passes.items()}
+        torch.compiler.set_stance("fail_on_recompile")  # what serves is what was compiled
+        _states(llm, [found[0] for found in passes.values()], prefix)
+    except torch.OutOfMemoryError:
+        switch(False)
+        raise
     except Exception as error:  # of dynamo, of inductor, or of the compiler that they call
         switch(False)
         raise ModelError(f"torch.compile failed here ({type(error).__name__}); it needs a C++ compiler") from error
     seconds = time.monotonic() - started
+    if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        switch(False)
+        raise ModelError("nothing was compiled: torch.compile is turned off in this environment")
     differences = [_difference(plain[size], compiled[size]) for size in passes]
     exact = llm.dtype == torch.float32 and llm.identity.get("quantization") != "int8"
     if not all(found <= (FLOAT32_TOLERANCE if exact else TOLERANCE) for found in differences):  # nor where it is NaN

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 MAX_SCORES = 4_000_000
 """Of one layer, kept for the backward pass, three times over; where there would be more, a fused kernel keeps none."""
 TOLERANCE = 0.05  # of a state, by its norm: bfloat16 is within one or two percent
+INT8_TOLERANCE = 0.1  # the same under int8, where what is an outlier is asked of all rows of a pass
 CHUNK_SCORES = 500_000
 """Of one layer at a time where there is no backward pass: what stays in a core's cache."""
 _SDPA_OR_PACKED = "letheon_sdpa_or_packed"
@@ -68,26 +69,6 @@ class _NotPackable(Exception):
 @torch.no_grad()
 def _keeps_rows_apart(llm: FrozenLLM) -> bool:
     """A row's state is the same to the last bit, whatever the row before it says, and what it is behind a prefix."""
-    with _without_outliers(llm):
-        return _tried(llm)
-
-
-@contextmanager
-def _without_outliers(llm: FrozenLLM) -> Iterator[None]:
-    """int8 looks for outliers over all rows of a pass, packed or padded, so that each has a say in the others' columns:
-    rows can be told to be apart only without that."""
-    states: list[Any] = [m.state for m in llm.model.modules() if type(m).__name__ == "Linear8bitLt"]
-    before = [state.threshold for state in states]
-    try:
-        for state in states:
-            state.threshold = 0.0
-        yield
-    finally:
-        for state, threshold in zip(states, before, strict=True):
-            state.threshold = threshold
-
-
-def _tried(llm: FrozenLLM) -> bool:
     tail = [*llm.template.tail_ids, llm.verbalizer.label_ids[0]]
     first, second, other = [tail[0], *tail], [tail[-1], tail[-1]], [tail[-1], *tail]
     soft = llm.embed(torch.tensor(llm.verbalizer.label_ids[:2], device=llm.device)).float()
@@ -95,8 +76,9 @@ def _tried(llm: FrozenLLM) -> bool:
     prefix = compute_prefix(llm, soft)
     assert prefix is not None
     try:
+        with _without_outliers(llm):
+            one, again = (packed_last_hidden(llm, soft, [ahead, second]) for ahead in (first, other))
         states = packed_last_hidden(llm, soft, [first, second])
-        again = packed_last_hidden(llm, soft, [other, second])
         layout = Layout.of(llm, 0, [len(first), len(second)], prefix=prefix, max_scores=0)
         behind = packed_behind(llm, layout, [first, second])
     except torch.OutOfMemoryError:
@@ -107,11 +89,27 @@ def _tried(llm: FrozenLLM) -> bool:
         llm.model.config._attn_implementation = usual
         return False
     plain = torch.cat([last_hidden(llm, collate([row], llm.device), prefix) for row in (first, second)])
-    apart = torch.equal(states[1], again[1]) and not torch.equal(states[0], again[0])
-    if not (apart and all(float((s - plain).norm() / plain.norm()) <= TOLERANCE for s in (states, behind))):
+    apart = torch.equal(one[1], again[1]) and not torch.equal(one[0], again[0])
+    within = INT8_TOLERANCE if llm.identity.get("quantization") == "int8" else TOLERANCE
+    if not (apart and all(float((found - plain).norm() / plain.norm()) <= within for found in (states, behind))):
         llm.model.config._attn_implementation = usual
         return False
     return True
+
+
+@contextmanager
+def _without_outliers(llm: FrozenLLM) -> Iterator[None]:
+    """int8 looks for outliers over all rows of a pass, packed or padded, so that each has a say in the others' columns:
+    whether rows are apart shows only without that."""
+    states: list[Any] = [m.state for m in llm.model.modules() if type(m).__name__ == "Linear8bitLt"]
+    before = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 def packed_last_hidden(llm: FrozenLLM, soft: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -70,6 +70,7 @@ def test_compiled_layers_answer_alike_and_leave_their_states_to_be_read(llm: Fro
 def test_no_length_and_no_number_of_texts_compiles_anew(llm: FrozenLLM) -> None:
     """Or the first callers would wait for that, each time."""
     compare(llm, rows=[1, 8])
+    torch.compiler.set_stance("default")  # or nothing would be compiled at all
     classifier = Classifier(llm)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for count in range(1, 9):
@@ -134,6 +135,14 @@ def test_other_states_are_refused(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatc
     assert plain(llm)
 
 
+def test_where_compiling_is_turned_off_it_says_so(llm: FrozenLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", lambda forward, **_options: forward)  # as with TORCH_COMPILE_DISABLE
+    with pytest.raises(ModelError, match="nothing was compiled"):
+        compile_where_it_pays(llm, rows=4)
+    assert plain(llm)
+
+
 def test_without_a_compiler_it_says_so(llm: FrozenLLM, tmp_path: Path) -> None:
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
@@ -165,6 +174,7 @@ def test_a_server_that_compiles_answers_as_one_that_does_not(llm: FrozenLLM, tmp
         ) as api:
             headers = api.key()
             assert plain(llm) == (name == "plain")
+            torch.compiler.set_stance("default")  # or nothing would be compiled at all
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             answers.append([api.classify(headers, text)["results"][0] for text in texts])
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
