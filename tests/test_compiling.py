@@ -164,8 +164,12 @@ def test_it_pays_for_full_passes_at_no_cost_to_a_text_alone() -> None:
     assert not pays(0.94, 1.5) and not pays(1.5, 1.02)
 
 
-def test_a_server_that_compiles_answers_as_one_that_does_not(llm: FrozenLLM, tmp_path: Path) -> None:
-    """Compiled in the thread that loads, run in the model's: neither compiles anew there."""
+def test_a_server_that_compiles_answers_as_one_that_does_not(
+    llm: FrozenLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled in the thread that loads, run in the model's: nothing is compiled anew there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # brought back afterwards, whatever is set meanwhile
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     texts = [TEXTS[0], f"{TEXTS[2]} {TEXTS[3]}", TEXTS[1]]
     answers = []
     for name in ("plain", "compiled"):
@@ -180,6 +184,8 @@ def test_a_server_that_compiles_answers_as_one_that_does_not(llm: FrozenLLM, tmp
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
             metrics = api.client.get("/metrics", headers=headers).text
             assert f"letheon_compiled {1.0 if name == 'compiled' else 0.0}" in metrics
+    kept = tmp_path / "compiled"  # torch unpickles what it finds there
+    assert kept.stat().st_mode & 0o777 == 0o700 and any(kept.iterdir())
     for one, other in zip(*answers, strict=True):
         assert one["label"] == other["label"]
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
