@@ -53,7 +53,7 @@ from app.serving import Serving
 from app.settings import Settings
 from app.tables import ApiKey
 from app.vault import Vault
-from models.compiling import compile_where_it_pays
+from models.compiling import compile_where_it_pays, keep_compiled_in
 from models.errors import ModelError
 from models.inference import rows_of_a_pass
 from models.llm import FrozenLLM
@@ -214,10 +214,7 @@ def _model(settings: Settings, llm: FrozenLLM | None, counts: Metrics) -> Frozen
     """In a thread with all cores: what is compiled is for that number of threads."""
     model = llm if llm is not None else FrozenLLM.load(**load_arguments(settings))
     if settings.compile != "off":
-        # What torch compiles it keeps in files that it unpickles: not in /tmp, where others could have put them.
-        kept = settings.home / "compiled"
-        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept.absolute()))
+        keep_compiled_in(settings.home / "compiled")
         rows = rows_of_a_pass(model, settings.max_batch_texts)
         counts.compiled(compile_where_it_pays(model, rows=rows, always=settings.compile == "on"))
     return model

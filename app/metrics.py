@@ -126,7 +126,6 @@ class Metrics:
         self._prompts = Gauge(
             "letheon_active_set_prompts", "Prompts of the active set in this process.", registry=self.registry
         )
-
         self._compiled = Gauge(
             "letheon_compiled", "1 when batches run on compiled layers (LETHEON_COMPILE).", registry=self.registry
         )

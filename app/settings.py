@@ -111,7 +111,7 @@ class Settings(BaseSettings):
     compile: Literal["off", "try", "on"] = Field(
         default="off",
         description="`try`: when a server starts, measure the layers under `torch.compile` beside the plain ones, and "
-        "keep what is quicker on this machine; a minute or more, and a C++ compiler. `on`: keep them in any case. The "
+        "keep what is quicker on this machine; takes minutes, and a C++ compiler. `on`: keep them in any case. The "
         "log and `letheon_compiled` say what became of it.",
     )
     classify_deadline_seconds: float = Field(

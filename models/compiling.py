@@ -8,10 +8,12 @@ so is what is not packed (the prefix, models that cannot be): it runs on the pla
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +57,19 @@ class CompileTrial:
     @property
     def pays(self) -> bool:
         return self.gains[max(self.gains)] >= MIN_GAIN and min(self.gains.values()) >= MIN_GAIN_ALONE
+
+
+def keep_compiled_in(folder: Path) -> None:
+    """What torch compiles it keeps in files that it unpickles: not in /tmp, where others could have put them.
+
+    Unless the environment names another folder.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Torch itself writes its default there, when something imports it.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
 
 
 def compile_where_it_pays(llm: FrozenLLM, *, rows: int, always: bool = False) -> bool:
@@ -103,7 +118,8 @@ def compare(llm: FrozenLLM, *, rows: Collection[int]) -> tuple[CompileTrial, Cal
         raise
     except Exception as error:  # of dynamo, of inductor, or of the compiler that they call
         switch(False)
-        raise ModelError(f"torch.compile failed here ({type(error).__name__}); it needs a C++ compiler") from error
+        why = f"torch.compile failed here ({type(error).__name__}); it needs a C++ compiler, and files that may run"
+        raise ModelError(why) from error
     seconds = time.monotonic() - started
     if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
         switch(False)

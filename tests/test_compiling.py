@@ -168,8 +168,9 @@ def test_a_server_that_compiles_answers_as_one_that_does_not(
     llm: FrozenLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled in the thread that loads, run in the model's: nothing is compiled anew there."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # brought back afterwards, whatever is set meanwhile
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch does when something imports it
     texts = [TEXTS[0], f"{TEXTS[2]} {TEXTS[3]}", TEXTS[1]]
     answers = []
     for name in ("plain", "compiled"):
